@@ -1,0 +1,167 @@
+"""What the engine is started with: frozen dataclasses, and `validate()`, THE table of what may go together.
+
+Nothing here imports torch: the command line and the server read these before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from denoised.checks import bounded, check_fields
+from denoised.errors import InvalidConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionParallelConfig:
+    """How many ranks, and what each axis of them does. World size is the product of the axes."""
+
+    pipeline_parallel_size: int = bounded(1, minimum=1, help="stages the denoiser's blocks are cut into")
+    data_parallel_size: int = bounded(1, minimum=1, help="replicas of the whole engine")
+    tensor_parallel_size: int = bounded(1, minimum=1, help="ranks that share each weight matrix")
+    enable_expert_parallel: bool = bounded(False, help="deal the experts of MoE blocks to ranks")
+    sequence_parallel_size: int | None = bounded(None, minimum=1, help="ulysses_degree x ring_degree, if given")
+    ulysses_degree: int = bounded(1, minimum=1, help="ranks that exchange heads for sequence shards")
+    ring_degree: int = bounded(1, minimum=1, help="ranks that pass keys and values round a ring")
+    ulysses_mode: str = bounded("strict", choices=("strict", "advanced_uaa"), help="uneven lengths and heads")
+    cfg_parallel_size: int = bounded(1, minimum=1, help="ranks that guidance branches and requests are dealt to")
+    vae_patch_parallel_size: int = bounded(1, minimum=1, help="ranks that VAE tiles are dealt to")
+    text_encoder_tp_size: int = bounded(1, minimum=1, help="ranks that share each text encoder matrix")
+    use_hsdp: bool = bounded(False, help="shard weights per block, gathered as they are used")
+    hsdp_shard_size: int = bounded(-1, minimum=-1, help="ranks that share one copy of the weights; -1: all")
+    hsdp_replicate_size: int = bounded(1, minimum=1, help="copies of the sharded weights")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        sequence = self.ulysses_degree * self.ring_degree
+        if self.sequence_parallel_size not in (None, sequence):
+            raise InvalidConfigError(
+                f"sequence_parallel_size={self.sequence_parallel_size} is not ulysses_degree x ring_degree = "
+                f"{self.ulysses_degree} x {self.ring_degree} = {sequence}; leave it out or make them agree."
+            )
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Mesh axis names and sizes, outermost first."""
+        return {
+            "data": self.data_parallel_size,
+            "cfg": self.cfg_parallel_size,
+            "pipeline": self.pipeline_parallel_size,
+            "ring": self.ring_degree,
+            "ulysses": self.ulysses_degree,
+            "tensor": self.tensor_parallel_size,
+        }
+
+    @property
+    def world_size(self) -> int:
+        size = 1
+        for axis in self.axes.values():
+            size *= axis
+        return size
+
+    def formula(self) -> str:
+        """The world size as a product with its numbers, for error messages."""
+        product = " x ".join(f"{name} {size}" for name, size in self.axes.items())
+        return f"{product} = {self.world_size}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything but the requests. `Omni(...)` takes these names as keywords."""
+
+    model: Any = bounded("shapes", help="hub id, folder in diffusers layout, built-in name, or a DiffusionPipeline")
+    parallel_config: DiffusionParallelConfig = bounded(DiffusionParallelConfig())
+    dtype: str | None = bounded(
+        None, choices=("auto", "float32", "bfloat16", "float16"), help="default: bfloat16 on GPU, float32 on CPU"
+    )
+    num_threads: int | None = bounded(None, minimum=1, help="CPU threads of each rank; default: cores over ranks")
+    deterministic: bool = bounded(False, help="never join rows of different requests: bytes do not depend on load")
+    max_num_seqs: int = bounded(8, minimum=1, help="requests in flight at once; the rest wait")
+    encoder_cache_mb: int = bounded(256, minimum=0, help="memory for encoded prompts and images; 0: off")
+    max_pixels: int = bounded(4096 * 4096, minimum=1, help="largest height x width of a request")
+    max_prompt_chars: int = bounded(20_000, minimum=1, help="longest prompt of a request")
+    boundary_ratio: float | None = bounded(None, minimum=0, maximum=1, help="where two-expert models switch")
+    flow_shift: float | None = bounded(None, minimum=0, help="timestep shift of flow-matching schedulers")
+    vae_use_slicing: bool = bounded(False, help="decode one image of a batch at a time")
+    vae_use_tiling: bool = bounded(False, help="decode in tiles")
+    enforce_eager: bool = bounded(False, help="never compile; blocks are not compiled yet, so this holds already")
+    cache_backend: str | None = bounded(None, help="tea_cache or cache_dit")
+    cache_config: dict[str, Any] | None = bounded(None, help="settings of the cache backend")
+    quantization: Any = bounded(None, help="fp8, int8 or gguf")
+    enable_cpu_offload: bool = bounded(False, help="keep components on the CPU while they wait")
+    enable_layerwise_offload: bool = bounded(False, help="keep blocks on the CPU while they wait")
+    layerwise_num_gpu_layers: int = bounded(1, minimum=1, help="blocks kept on the GPU")
+    attention_backend: str | None = bounded(None, help="attention kernel by name")
+    lora_path: str | None = bounded(None, help="adapter that is active from the start")
+    lora_scale: float = bounded(1.0, help="strength of that adapter")
+    num_weight_load_threads: int | None = bounded(None, minimum=1, help="threads that read weight files")
+    enable_multithread_weight_load: bool | None = bounded(None, help="read weight files side by side")
+    default_sampling_params: dict[str, Any] = bounded({}, help="sampling parameters for requests that leave them out")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One line of the table: `broken(config)` says that these settings cannot start; `message` names the way out."""
+
+    broken: Callable[[EngineConfig], bool]
+    message: str
+
+
+def _absent(name: str, inert: tuple[Any, ...], way_out: str) -> Rule:
+    """A feature that this version does not have: any value but the inert ones is refused."""
+    parallel = name in {f.name for f in fields(DiffusionParallelConfig)}
+
+    def value(config: EngineConfig) -> Any:
+        return getattr(config.parallel_config if parallel else config, name)
+
+    return Rule(broken=lambda c: value(c) not in inert, message=f"{name} is not available in this version; {way_out}")
+
+
+RULES: tuple[Rule, ...] = (
+    _absent("data_parallel_size", (1,), "use cfg_parallel_size, which also deals whole requests to ranks."),
+    _absent("pipeline_parallel_size", (1,), "use cfg_parallel_size, or leave it at 1."),
+    _absent("tensor_parallel_size", (1,), "use cfg_parallel_size, or leave it at 1."),
+    _absent("ulysses_degree", (1,), "use cfg_parallel_size, or leave it at 1."),
+    _absent("ring_degree", (1,), "use cfg_parallel_size, or leave it at 1."),
+    _absent("ulysses_mode", ("strict",), "leave it out."),
+    _absent("vae_patch_parallel_size", (1,), "use vae_use_tiling=True to decode in tiles on one rank."),
+    _absent("text_encoder_tp_size", (1,), "leave it at 1."),
+    _absent("enable_expert_parallel", (False,), "leave it off."),
+    _absent("use_hsdp", (False,), "leave it off."),
+    _absent("hsdp_shard_size", (-1,), "leave it out."),
+    _absent("hsdp_replicate_size", (1,), "leave it out."),
+    _absent("cache_backend", (None, "none"), "leave it out."),
+    _absent("cache_config", (None, {}), "leave it out."),
+    _absent("quantization", (None,), "leave it out."),
+    _absent("enable_cpu_offload", (False,), "leave it off."),
+    _absent("enable_layerwise_offload", (False,), "leave it off."),
+    _absent("layerwise_num_gpu_layers", (1,), "leave it out."),
+    _absent("attention_backend", (None,), "leave it out."),
+    _absent("lora_path", (None,), "fuse the adapter into the checkpoint."),
+    _absent("lora_scale", (1.0,), "leave it out."),
+    _absent("num_weight_load_threads", (None,), "leave it out."),
+    _absent("enable_multithread_weight_load", (None, False), "leave it out."),
+)
+
+
+def validate(config: EngineConfig, *, num_devices: int | None = None) -> None:
+    """Refuse settings that cannot act, before anything is loaded.
+
+    Args:
+        num_devices: accelerators on this node; None on CPU, where ranks share the cores.
+
+    Raises:
+        InvalidConfigError: one sentence with the field, the value and the way out.
+    """
+    for rule in RULES:
+        if rule.broken(config):
+            raise InvalidConfigError(rule.message)
+    if num_devices is not None and config.parallel_config.world_size > num_devices:
+        raise InvalidConfigError(
+            f"{config.parallel_config.formula()} ranks need as many devices, and {num_devices} are here; "
+            "lower a degree or set CUDA_VISIBLE_DEVICES."
+        )

@@ -1,0 +1,46 @@
+"""The only file that names private symbols of diffusers and transformers, or leans on undocumented behaviour.
+
+`tests/test_hf.py` asserts that each exists, so that an upgrade fails there and not in a picture.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def components(pipeline: Any) -> dict[str, Any]:
+    """Name to component of a pipeline, without those that are not loaded."""
+    return {name: part for name, part in pipeline.components.items() if part is not None}
+
+
+def stateful_components(pipeline: Any) -> dict[str, Any]:
+    """Components that carry state across the steps of one call: schedulers and guiders, not modules or tokenizers."""
+    return {name: part for name, part in components(pipeline).items() if _is_stateful(part)}
+
+
+def _is_stateful(component: Any) -> bool:
+    from diffusers import SchedulerMixin
+    from diffusers.guiders.guider_utils import BaseGuidance
+    from torch import nn
+
+    return not isinstance(component, nn.Module) and isinstance(component, SchedulerMixin | BaseGuidance)
+
+
+def execution_device(pipeline: Any) -> Any:
+    """The device a pipeline draws its noise on and moves its inputs to."""
+    return pipeline._execution_device
+
+
+def set_config(pipeline: Any, **values: Any) -> None:
+    """Change entries of a pipeline's configuration on this object only (a request's copy)."""
+    pipeline.register_to_config(**values)
+
+
+def quiet() -> None:
+    """No progress bars and no advice from the libraries: what users see is ours."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

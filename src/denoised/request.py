@@ -1,0 +1,210 @@
+"""What goes in and what comes out: prompts, sampling parameters, outputs, receipts.
+
+Nothing here knows how a request is run, and nothing imports torch: the server and the command line read this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypedDict
+
+from denoised.checks import bounded, check_fields, unknown_names
+from denoised.errors import InvalidRequestError
+
+
+class MultiModalData(TypedDict, total=False):
+    """Inputs beside the text: PIL images (one or a list), a mask, frames, samples."""
+
+    image: Any
+    mask_image: Any
+    video: Any
+    audio: Any
+
+
+class PromptDict(TypedDict, total=False):
+    prompt: str
+    negative_prompt: str
+    multi_modal_data: MultiModalData
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+
+
+Prompt = str | PromptDict
+"""One prompt. A string is `{"prompt": string}`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniDiffusionSamplingParams:
+    """How one request is sampled. None means: the pipeline's own default.
+
+    Sizes are in pixels, `fps` in frames a second. `extra_args` holds any further keyword of the pipeline's `__call__`.
+    """
+
+    height: int | None = bounded(None, minimum=1, help="pixels")
+    width: int | None = bounded(None, minimum=1, help="pixels")
+    num_frames: int | None = bounded(None, minimum=1, maximum=10_000, help="frames of a video")
+    fps: float | None = bounded(None, minimum=1e-3, maximum=1000, help="frames a second")
+    num_inference_steps: int | None = bounded(None, minimum=1, maximum=10_000, help="denoising steps")
+    sigmas: list[float] | None = bounded(None, help="own noise levels, instead of num_inference_steps")
+    timesteps: list[float] | None = bounded(None, help="own timesteps, instead of num_inference_steps")
+    seed: int | None = bounded(None, minimum=0, maximum=2**63 - 1, help="seed; default: drawn, and in the receipt")
+    generator: Any = bounded(None, help="a torch.Generator instead of a seed; its state is copied, not advanced")
+    num_outputs_per_prompt: int = bounded(1, minimum=1, maximum=64, help="images or videos of one prompt")
+    guidance_scale: float | None = bounded(None, minimum=0, help="guidance of the model's own kind")
+    guidance_scale_2: float | None = bounded(None, minimum=0, help="guidance of the second, low-noise expert")
+    true_cfg_scale: float | None = bounded(None, minimum=0, help="classifier-free guidance with a negative prompt")
+    guidance_rescale: float | None = bounded(None, minimum=0, maximum=1, help="rescale after guidance")
+    cfg_normalize: bool | None = bounded(None, help="give the guided prediction the norm of the conditional one")
+    strength: float | None = bounded(None, minimum=0, maximum=1, help="how far to move from the input image")
+    boundary_ratio: float | None = bounded(None, minimum=0, maximum=1, help="where two-expert models switch")
+    flow_shift: float | None = bounded(None, minimum=0, help="timestep shift of flow-matching schedulers")
+    max_sequence_length: int | None = bounded(None, minimum=1, help="prompt tokens")
+    resolution: int | None = bounded(None, minimum=1, help="resolution bucket of layered models")
+    layers: int | None = bounded(None, minimum=1, maximum=64, help="layers of layered models")
+    output_type: str = bounded("pil", choices=("pil", "pt", "np", "latent"), help="form of the output")
+    latents: Any = bounded(None, help="own start noise")
+    pil_image: Any = bounded(None, help="input image; the same as multi_modal_data.image of the prompt")
+    return_trajectory_latents: bool = bounded(False, help="also return the latents after every step")
+    lora_request: Any = bounded(None, help="adapter of this request")
+    lora_scale: float | None = bounded(None, help="strength of that adapter")
+    enable_frame_interpolation: bool = bounded(False, help="insert frames after decoding")
+    frame_interpolation_exp: int | None = bounded(None, minimum=1, help="2**exp times as many frames")
+    frame_interpolation_scale: float | None = bounded(None, minimum=0, help="scale of the flow estimate")
+    frame_interpolation_model_path: str | None = bounded(None, help="safetensors of the interpolation model")
+    extra_args: dict[str, Any] = bounded({}, help="further keywords of the pipeline's __call__")
+
+    def __post_init__(self) -> None:
+        check_fields(self, InvalidRequestError)
+        if self.seed is not None and self.generator is not None:
+            raise InvalidRequestError(f"seed={self.seed} and generator are both given; give one of them.")
+        self._refuse_absent_features()
+
+    def _refuse_absent_features(self) -> None:
+        for name in ("lora_request", "lora_scale", "enable_frame_interpolation", "frame_interpolation_model_path"):
+            if getattr(self, name) not in (None, False):
+                raise InvalidRequestError(f"{name} is not available in this version; leave it out.")
+
+    def without_generator(self) -> OmniDiffusionSamplingParams:
+        """The same parameters for another process, where the generator's state travels beside them."""
+        return replace(self, generator=None)
+
+    def with_defaults(self, defaults: dict[str, Any]) -> OmniDiffusionSamplingParams:
+        """These parameters, with `defaults` where they were left out."""
+        problem = unknown_names(defaults, (f.name for f in fields(self)), "default_sampling_params")
+        if problem:
+            raise InvalidRequestError(problem)
+        unset = {f.name: f.default for f in fields(self) if f.default is None or isinstance(f.default, bool | int | str)}
+        missing = {k: v for k, v in defaults.items() if getattr(self, k) == unset.get(k, {})}
+        return replace(self, **missing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt with its parameters, as it travels to the ranks. `crashes` counts rank failures it lived through."""
+
+    request_id: str
+    prompt: PromptDict
+    params: OmniDiffusionSamplingParams
+    seed: int
+    generator_state: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankWork:
+    """What one rank did for one request: denoiser forwards that ran there, rows in them, seconds."""
+
+    rank: int
+    forwards: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What really ran for one request. Counted where it happened, never derived from the settings."""
+
+    model: str
+    pipeline: str
+    world_size: int
+    parallel: dict[str, int]
+    dtype: str
+    device: str
+    seed: int
+    steps: int
+    ranks: list[RankWork]
+    rows_joined: int = 0
+    encoder_cache_hits: int = 0
+    encoder_cache_misses: int = 0
+    restarts: int = 0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_mb: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """The receipt as one readable line."""
+        ranks = ", ".join(f"rank {r.rank}: {r.forwards} forwards" for r in self.ranks)
+        stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stage_seconds.items())
+        extra = f", {self.rows_joined} rows joined" if self.rows_joined else ""
+        extra += f", {self.encoder_cache_hits} encoder cache hits" if self.encoder_cache_hits else ""
+        extra += f", {self.restarts} restarts" if self.restarts else ""
+        return (
+            f"{self.model}: {self.steps} steps ({ranks}{extra}); {stages}; seed {self.seed}, {self.dtype} on "
+            f"{self.device}, peak {self.peak_memory_mb:.0f} MB"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniRequestOutput:
+    """The result of one request. `error` is set, and the media are empty, if it failed.
+
+    `images` are PIL images (or arrays, as `output_type` says); `videos` lists of frames; `audios` arrays
+    [channels, samples]; `latents` the final latents if `output_type="latent"`.
+    """
+
+    request_id: str
+    prompt: PromptDict
+    images: list[Any] = field(default_factory=list)
+    videos: list[Any] = field(default_factory=list)
+    audios: list[Any] = field(default_factory=list)
+    latents: Any = None
+    trajectory_latents: list[Any] | None = None
+    trajectory_timesteps: list[float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    stage_durations: dict[str, float] = field(default_factory=dict)
+    peak_memory_mb: float = 0.0
+    receipt: Receipt | None = None
+    error: str | None = None
+    finished: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Steps done so far of one request."""
+
+    request_id: str
+    step: int
+    total_steps: int
+
+
+def as_prompt(prompt: Any) -> PromptDict:
+    """A prompt in dict form.
+
+    Raises:
+        InvalidRequestError: not a string or dict, or unknown keys.
+    """
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    if not isinstance(prompt, dict):
+        raise InvalidRequestError(f"prompt must be a string or a dict, not {type(prompt).__name__}.")
+    problem = unknown_names(prompt, PromptDict.__annotations__, "prompt key") or unknown_names(
+        prompt.get("multi_modal_data") or {}, MultiModalData.__annotations__, "multi_modal_data key"
+    )
+    if problem:
+        raise InvalidRequestError(problem)
+    for key in ("prompt", "negative_prompt"):
+        if prompt.get(key) is not None and not isinstance(prompt[key], str):  # type: ignore[literal-required]
+            raise InvalidRequestError(f"{key} must be a string, not {type(prompt[key]).__name__}.")  # type: ignore[literal-required]
+    return prompt  # type: ignore[return-value]

@@ -1,0 +1,264 @@
+"""The client of the ranks: takes requests, hands them to rank 0 as the scheduler says, gives events back, and starts
+the ranks again when one dies. Ranks are disposable; requests are not: they live here until they have an output.
+
+A request gives the same result whenever it is run, because its seed is fixed before it is queued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from denoised.config import EngineConfig, validate
+from denoised.errors import EngineError, ModelError, RequestAbortedError
+from denoised.request import OmniRequestOutput, Progress, Request
+from denoised.runtime import launch, load
+from denoised.runtime.model_info import ModelInfo
+from denoised.runtime.protocol import Command, Event, Failed, Ready
+from denoised.runtime.scheduler import Scheduler
+
+Listener = Callable[[Progress | OmniRequestOutput], None]
+# A rank that dies while loading dies again; three tries rule out bad luck.
+MAX_STARTS = 3
+
+
+@dataclasses.dataclass(kw_only=True)
+class Pending:
+    """A request without an output yet."""
+
+    request: Request
+    listener: Listener
+    restarts: int = 0
+
+
+class Client:
+    """Runs one engine. Thread-safe; listeners are called on the client's own thread and must not block."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        validate(config, num_devices=_num_devices(config))
+        self._scratch: str | None = None
+        self._config = self._transportable(config)
+        self._torchrun = launch.torchrun_rank()
+        self._host: launch.Host | None = None
+        self._inbox: queue.SimpleQueue[tuple[int, int, Event | None] | Callable[[], None]] = queue.SimpleQueue()
+        self._pending: dict[str, Pending] = {}
+        self._generation = 0
+        self._broken: str | None = None
+        self._closed = False
+        self.restarts = 0
+        self._ranks: launch.Ranks | None = None
+        try:
+            self.info = self._start()
+        except BaseException:
+            self._shut()
+            raise
+        self._scheduler = Scheduler(1 if self.info.exclusive else config.max_num_seqs)
+        self._thread = threading.Thread(target=self._loop, name="denoised-client", daemon=True)
+        self._thread.start()
+
+    # ---- for callers, on any thread
+
+    def submit(self, request: Request, listener: Listener) -> None:
+        """Queue a request; `listener` gets its progress and, last, its output."""
+        self._inbox.put(lambda: self._submit(request, listener))
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request wherever it stands; its output then says that it was aborted."""
+        self._inbox.put(lambda: self._abort(request_id))
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """Process ids of the ranks; empty where the one rank is a thread of this process."""
+        return list(self._ranks.pids) if self._ranks is not None else []
+
+    def close(self) -> None:
+        """Stop the ranks; requests without an output fail."""
+        if not self._closed:
+            self._closed = True
+            self._inbox.put(self._stop)
+            self._thread.join(timeout=60)
+            self._shut()
+
+    # ---- on the client's thread
+
+    def _loop(self) -> None:
+        while True:
+            item = self._inbox.get()
+            if callable(item):
+                item()
+                if self._closed and item == self._stop:
+                    return
+            elif item[0] == self._generation:
+                self._handle(item[1], item[2])
+
+    def _submit(self, request: Request, listener: Listener) -> None:
+        if self._broken or self._closed:
+            listener(_error(request, self._broken or "the engine is closed."))
+            return
+        self._pending[request.request_id] = Pending(request=request, listener=listener)
+        self._scheduler.add(request.request_id)
+        self._admit()
+
+    def _admit(self) -> None:
+        for request_id in self._scheduler.admit():
+            self._send(Command(admit=self._pending[request_id].request))
+
+    def _send(self, command: Command) -> None:
+        assert self._ranks is not None
+        if self._torchrun in (None, 0):  # the other ranks of torchrun hear of it from rank 0
+            self._ranks.send(command)
+
+    def _abort(self, request_id: str) -> None:
+        if request_id in self._scheduler.running:
+            self._send(Command(cancel=request_id))
+        elif request_id in self._pending:
+            self._end(request_id, _error(self._pending[request_id].request, str(RequestAbortedError("aborted"))))
+
+    def _handle(self, rank: int, event: Event | None) -> None:
+        if event is None:
+            self._restart(f"rank {rank} died")
+        elif isinstance(event, Failed):
+            self._restart(f"rank {rank}: {event.error}")
+        elif isinstance(event, OmniRequestOutput):
+            self._end(event.request_id, event)
+        elif isinstance(event, Progress) and event.request_id in self._pending:
+            self._pending[event.request_id].listener(event)
+
+    def _end(self, request_id: str, output: OmniRequestOutput) -> None:
+        entry = self._pending.pop(request_id, None)
+        self._scheduler.remove(request_id)
+        if entry is not None:
+            if output.receipt is not None and entry.restarts:
+                receipt = dataclasses.replace(output.receipt, restarts=entry.restarts)
+                output = dataclasses.replace(output, receipt=receipt)
+            entry.listener(output)
+        self._admit()
+
+    def _restart(self, reason: str) -> None:
+        """Ranks are gone: start them again and run the requests that were in flight anew."""
+        again, given_up = self._scheduler.crashed()
+        for request_id in again:
+            self._pending[request_id].restarts += 1
+        for request_id in given_up:
+            entry = self._pending.pop(request_id)
+            entry.listener(_error(entry.request, f"the engine crashed each time this request ran ({reason})."))
+        self.restarts += 1
+        try:
+            if self._torchrun is not None:
+                raise EngineError(f"{reason}; torchrun restarts ranks, not this process.")
+            self._start()
+        except Exception as error:
+            self._fail_all(f"the engine cannot run any more: {error}")
+            return
+        self._admit()
+
+    def _fail_all(self, reason: str) -> None:
+        self._broken = reason
+        entries, self._pending = list(self._pending.values()), {}
+        for entry in entries:
+            self._scheduler.remove(entry.request.request_id)
+            entry.listener(_error(entry.request, reason))
+
+    def _stop(self) -> None:
+        self._generation += 1  # whatever the ranks still say is history
+        if self._ranks is not None:
+            self._send(Command(stop=True))
+        self._fail_all("the engine was closed before this request was done.")
+
+    # ---- ranks
+
+    def _start(self) -> ModelInfo:
+        """Start ranks and wait until all are ready.
+
+        Raises:
+            ModelError, InvalidConfigError: the user's to mend.
+            EngineError: ranks died `MAX_STARTS` times.
+        """
+        problem = ""
+        for _ in range(MAX_STARTS):
+            if self._ranks is not None:
+                self._ranks.kill()
+                self._ranks.join(timeout=10)
+            self._generation += 1
+            self._ranks = self._launch(self._generation)
+            info, problem = self._await_ready()
+            if info is not None:
+                return info
+        raise EngineError(problem)
+
+    def _await_ready(self) -> tuple[ModelInfo | None, str]:
+        local = self._torchrun is not None
+        waiting = {self._torchrun or 0} if local else set(range(self._config.parallel_config.world_size))
+        later: list[Any] = []
+        try:
+            while True:
+                item = self._inbox.get()
+                if callable(item):
+                    later.append(item)
+                    continue
+                generation, rank, event = item
+                if generation != self._generation:
+                    continue
+                if isinstance(event, Ready):
+                    waiting.discard(rank)
+                    if not waiting:
+                        return event.info, ""
+                elif isinstance(event, Failed) and event.by_user:
+                    raise ModelError(event.error)
+                elif event is None or isinstance(event, Failed):
+                    return None, f"rank {rank} " + (f"failed: {event.error}" if event else "died while it started")
+        finally:
+            for item in later:
+                self._inbox.put(item)
+
+    def _launch(self, generation: int) -> launch.Ranks:
+        def deliver(rank: int, event: Event | None) -> None:
+            self._inbox.put((generation, rank, event))
+
+        if self._torchrun is not None:
+            return launch.ThreadRank(launch.torchrun_spec(self._config), deliver)
+        if self._config.parallel_config.world_size == 1:
+            spec = launch.RankSpec(config=self._config, rank=0, local_rank=0, world_size=1, local_world_size=1)
+            return launch.ThreadRank(spec, deliver)
+        if self._host is None or not self._host.alive:
+            self._host = launch.Host()
+        return self._host.fork(self._config, deliver)
+
+    def _transportable(self, config: EngineConfig) -> EngineConfig:
+        """A pipeline object reaches ranks in other processes as a folder."""
+        if isinstance(config.model, str | Path):
+            load.locate(str(config.model))  # a damaged folder is told before any rank starts
+            return config
+        if config.parallel_config.world_size == 1 or launch.torchrun_rank() is not None:
+            return config
+        self._scratch = tempfile.mkdtemp(prefix="denoised-model-")
+        config.model.save_pretrained(self._scratch)
+        return dataclasses.replace(config, model=self._scratch)
+
+    def _shut(self) -> None:
+        if self._ranks is not None:
+            self._ranks.join(timeout=10)
+            self._ranks.kill()
+        if self._host is not None:
+            self._host.close()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _error(request: Request, reason: str) -> OmniRequestOutput:
+    return OmniRequestOutput(request_id=request.request_id, prompt=request.prompt, error=reason)
+
+
+def _num_devices(config: EngineConfig) -> int | None:
+    """Accelerators here, or None on a CPU machine. One rank needs no check, and no import of torch for it."""
+    if config.parallel_config.world_size == 1 or launch.torchrun_rank() is not None:
+        return None
+    from denoised.env import num_accelerators
+
+    return num_accelerators()

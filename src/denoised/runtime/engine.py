@@ -1,0 +1,267 @@
+"""One rank's engine: tasks in flight, advanced together, one tick at a time. The same on every rank.
+
+    tick:  run encoder and VAE calls  ->  deal, join and run denoiser rows  ->  agree and exchange
+           ->  resolve  ->  admit and cancel (rank 0's commands)  ->  advance every task until it blocks
+
+Knows nothing of processes, queues or clients: commands come in by a callable, events go out as a list.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from denoised.errors import InvalidRequestError, RequestAbortedError, one_line
+from denoised.features.guidance import Guidance, Outcome
+from denoised.request import OmniRequestOutput, Progress, RankWork, Receipt, Request
+from denoised.runtime import memory, program
+from denoised.runtime.encoder_cache import EncoderCache
+from denoised.runtime.model_info import ModelInfo
+from denoised.runtime.protocol import Command
+from denoised.spec.model_spec import ModelSpec
+from denoised.steps.forward import Call, Stage
+from denoised.steps.task import Task
+from denoised.steps.trap import StepObserver
+from denoised.steps.wire import Wire
+
+EngineEvent = Progress | OmniRequestOutput
+
+
+@dataclass(kw_only=True)
+class InFlight:
+    """A request on this rank."""
+
+    request: Request
+    task: Task
+    observer: StepObserver | None
+    started: float
+    step: int = 0
+    total_steps: int = 0
+    reported: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {stage.value: 0.0 for stage in Stage})
+    cache_hits: int = 0
+    cache_misses: int = 0
+
+    def report(self, step: int, total: int) -> None:
+        self.step, self.total_steps = step, total
+
+
+class CallError(RuntimeError):
+    """An error inside a component call, as the program sees it."""
+
+
+class Engine:
+    """Runs requests on one pipeline. `wire` is None where there is one rank."""
+
+    def __init__(
+        self,
+        *,
+        pipeline: Any,
+        spec: ModelSpec,
+        info: ModelInfo,
+        guidance: Guidance,
+        cache: EncoderCache,
+        wire: Wire | None,
+        axes: dict[str, int],
+    ) -> None:
+        self._pipeline, self._spec, self._info, self._axes = pipeline, spec, info, axes
+        self._guidance, self._cache, self._wire = guidance, cache, wire
+        self._in_flight: dict[str, InFlight] = {}
+        self._arities: dict[str, int] = {}
+        self._events: list[EngineEvent] = []
+        self.stopped = False
+
+    @property
+    def idle(self) -> bool:
+        return not self._in_flight
+
+    def tick(self, commands: Callable[[], list[Command]]) -> list[EngineEvent]:
+        """One round for every request in flight. `commands` is asked once, on rank 0."""
+        calls = [call for flight in self._in_flight.values() for call in flight.task.pending]
+        atomic = [call for call in calls if call.target.stage is not Stage.DENOISE]
+        denoise = [call for call in calls if call.target.stage is Stage.DENOISE]
+        values, errors = self._run_atomic(atomic)
+        started = time.perf_counter()
+        outcome = self._guidance.run(denoise)
+        orders = self._agree(calls, errors, outcome, commands)
+        values |= self._guidance.finish(denoise, outcome, self._wire)
+        self._charge(denoise, time.perf_counter() - started)
+        self._resolve(calls, values, errors, outcome)
+        self._advance([f for f in self._in_flight.values() if calls and f.task.pending])
+        for order in orders:
+            self._obey(order)
+        events, self._events = self._events, []
+        return events
+
+    # ---- running
+
+    def _run_atomic(self, calls: list[Call]) -> tuple[dict[Call, Any], dict[int, str]]:
+        """Encoder and VAE calls: whole, on every rank. Errors by position, which is equal on all ranks."""
+        values, errors = {}, {}
+        for position, call in enumerate(calls):
+            flight = self._in_flight[call.task_id]
+            started = time.perf_counter()
+            try:
+                values[call] = self._encoded(call, flight)
+            except Exception as error:
+                errors[position] = one_line(error)
+            flight.seconds[call.target.stage] += time.perf_counter() - started
+        return values, errors
+
+    def _encoded(self, call: Call, flight: InFlight) -> Any:
+        key = self._cache.key(call)
+        value = self._cache.get(key)
+        if value is not None:
+            flight.cache_hits += 1
+            return value
+        value = flight.task.run_atomic(call)
+        flight.cache_misses += key is not None
+        self._cache.put(key, value)
+        return value
+
+    def _charge(self, calls: list[Call], seconds: float) -> None:
+        for task_id in {call.task_id for call in calls}:
+            self._in_flight[task_id].seconds[Stage.DENOISE] += seconds
+
+    def _agree(
+        self, calls: list[Call], errors: dict[int, str], outcome: Outcome, commands: Callable[[], list[Command]]
+    ) -> list[Command]:
+        """Errors of any rank become errors of all; rank 0's commands become everyone's."""
+        if self._wire is None:
+            return commands()
+        orders = commands() if self._wire.rank == 0 else []
+        digest = zlib.crc32(repr(([_name(c) for c in calls], [(r, p.key) for r, p in outcome.pieces])).encode())
+        header = self._wire.header(digest=digest, errors=bool(errors or outcome.errors), commands=bool(orders))
+        if header.errors:
+            for other_errors, other_pieces in self._wire.gather_objects((errors, outcome.errors)):
+                errors.update(other_errors)
+                outcome.errors.update(other_pieces)
+        return self._wire.from_first(orders) if header.commands else []
+
+    def _resolve(self, calls: list[Call], values: dict[Call, Any], errors: dict[int, str], outcome: Outcome) -> None:
+        atomic = [call for call in calls if call.target.stage is not Stage.DENOISE]
+        for position, call in enumerate(atomic):
+            if position in errors:
+                call.source.fail(CallError(f"{call.target.name}: {errors[position]}"))
+        for rank, piece in outcome.pieces:
+            if piece.key in outcome.errors:
+                piece.call.source.fail(CallError(f"{piece.call.target.name} on rank {rank}: {outcome.errors[piece.key]}"))
+        for call in calls:
+            if not call.source.done:
+                self._in_flight[call.task_id].task.learn(call, values[call])
+                call.source.resolve(values[call])
+
+    def _advance(self, flights: list[InFlight]) -> None:
+        for flight in flights:
+            flight.task.pending.clear()
+            flight.task.advance()
+            if flight.step != flight.reported:
+                flight.reported = flight.step
+                progress = Progress(request_id=flight.task.task_id, step=flight.step, total_steps=flight.total_steps)
+                self._events.append(progress)
+        for flight in flights:
+            if flight.task.done:
+                self._finish(flight)
+
+    # ---- commands
+
+    def _obey(self, order: Command) -> None:
+        if order.stop:
+            self.stopped = True
+            for request_id in list(self._in_flight):
+                self._cancel(request_id)
+        elif order.cancel is not None:
+            self._cancel(order.cancel)
+        elif order.admit is not None:
+            self._admit(order.admit)
+
+    def _admit(self, request: Request) -> None:
+        observer = StepObserver() if request.params.return_trajectory_latents else None
+        flight = InFlight(request=request, task=None, observer=observer, started=time.perf_counter())  # type: ignore[arg-type]
+        try:
+            call = program.build(self._pipeline, request, self._info, report=flight.report, observer=observer)
+        except Exception as error:
+            self._events.append(_failed(request, error))
+            return
+        flight.task = Task(
+            request.request_id, call, seed=request.seed, arities=self._arities, defer=self._spec.defer
+        )
+        self._in_flight[request.request_id] = flight
+        self._advance([flight])
+
+    def _cancel(self, request_id: str) -> None:
+        flight = self._in_flight.pop(request_id, None)
+        if flight is not None:
+            flight.task.cancel()
+            self._guidance.release(request_id)
+            self._events.append(_failed(flight.request, RequestAbortedError("aborted")))
+
+    # ---- results
+
+    def _finish(self, flight: InFlight) -> None:
+        del self._in_flight[flight.task.task_id]
+        work = self._guidance.release(flight.task.task_id)
+        everyone = self._wire.gather_objects(work) if self._wire is not None else [work]
+        if flight.task.error is not None:
+            self._events.append(_failed(flight.request, flight.task.error))
+            return
+        try:
+            self._events.append(self._output(flight, everyone))
+        except Exception as error:
+            self._events.append(_failed(flight.request, error))
+
+    def _output(self, flight: InFlight, work: list[Any]) -> OmniRequestOutput:
+        params, observer = flight.request.params, flight.observer
+        media = program.media(flight.task.value, params, self._info)
+        receipt = self._receipt(flight, work)
+        total = time.perf_counter() - flight.started
+        return OmniRequestOutput(
+            request_id=flight.request.request_id,
+            prompt=flight.request.prompt,
+            images=media.images,
+            videos=media.videos,
+            audios=media.audios,
+            latents=media.latents,
+            trajectory_latents=observer.latents if observer else None,
+            trajectory_timesteps=observer.timesteps if observer else None,
+            metrics={"seconds": total, "steps_per_second": receipt.steps / max(total, 1e-9)},
+            stage_durations=dict(flight.seconds),
+            peak_memory_mb=receipt.peak_memory_mb,
+            receipt=receipt,
+        )
+
+    def _receipt(self, flight: InFlight, work: list[Any]) -> Receipt:
+        return Receipt(
+            model=self._info.model,
+            pipeline=self._info.pipeline,
+            world_size=len(work),
+            parallel={name: size for name, size in self._axes.items() if size > 1},
+            dtype=self._info.dtype,
+            device=self._info.device,
+            seed=flight.request.seed,
+            steps=flight.step,
+            ranks=[
+                RankWork(rank=r, forwards=w.forwards, rows=w.rows, seconds=round(w.seconds, 6)) for r, w in enumerate(work)
+            ],
+            rows_joined=sum(w.rows_joined for w in work),
+            encoder_cache_hits=flight.cache_hits,
+            encoder_cache_misses=flight.cache_misses,
+            stage_seconds={name: round(seconds, 6) for name, seconds in flight.seconds.items()},
+            peak_memory_mb=memory.peak_mb(),
+            versions=memory.versions(),
+        )
+
+
+def _name(call: Call) -> tuple[str, str, str, int]:
+    return (call.task_id, call.target.name, call.target.method, call.branch)
+
+
+def _failed(request: Request, error: Exception) -> OmniRequestOutput:
+    """The output of a request that failed; other requests are not touched."""
+    text = str(error) if isinstance(error, InvalidRequestError | RequestAbortedError | CallError) else one_line(error)
+    return OmniRequestOutput(request_id=request.request_id, prompt=request.prompt, error=text)
+
+

@@ -1,0 +1,226 @@
+"""Starting ranks, in three ways with one interface: a thread of this process for one rank, forked processes on this
+node, or the ranks that torchrun gives.
+
+`Ranks.send` reaches rank 0; events of all ranks arrive at `deliver(rank, event)`, and `deliver(rank, None)` says that a
+rank is gone. A `Ranks` is used once: whoever wants ranks again starts new ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from multiprocessing.connection import Listener
+from pathlib import Path
+from typing import Any, Protocol
+
+from denoised.config import EngineConfig
+from denoised.errors import EngineError, InvalidConfigError
+from denoised.runtime.protocol import Command, Deliver, PickleChannel, RankSpec
+
+# glibc reads these at start; runtime/env.py says why.
+KEEP_PAGES = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+class Ranks(Protocol):
+    """Running ranks."""
+
+    @property
+    def pids(self) -> list[int]: ...
+
+    def send(self, command: Command) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def join(self, timeout: float) -> None: ...
+
+
+class ThreadRank:
+    """The one rank of an engine without parallelism, or this process's rank under torchrun, on a thread."""
+
+    def __init__(self, spec: RankSpec, deliver: Deliver) -> None:
+        from denoised.runtime.worker import run_rank
+
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._next: Command | None = None
+        self._spec, self._deliver = spec, deliver
+
+        def main() -> None:
+            run_rank(spec, self)
+            deliver(spec.rank, None)
+
+        self._thread = threading.Thread(target=main, name=f"rank-{spec.rank}", daemon=True)
+        self._thread.start()
+
+    pids: list[int] = []
+
+    def send(self, item: Any) -> None:
+        """A command from the client; an event from the rank. Each side sends only its own kind."""
+        if isinstance(item, Command):
+            self._commands.put(item)
+        else:
+            self._deliver(self._spec.rank, item)
+
+    def poll(self, timeout: float = 0.0) -> bool:
+        if self._next is None:
+            with contextlib.suppress(queue.Empty):
+                self._next = self._commands.get(timeout=timeout) if timeout else self._commands.get_nowait()
+        return self._next is not None
+
+    def recv(self) -> Command:
+        command, self._next = self._next, None
+        assert command is not None, "poll() before recv()"
+        return command
+
+    def kill(self) -> None:
+        self._commands.put(Command(stop=True))
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+
+class Host:
+    """The process that forks ranks. It outlives them, so that a restart is quick."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="denoised-")
+        self._address = str(Path(self._folder.name) / "client.sock")
+        key = secrets.token_bytes(32)
+        self._listener = Listener(self._address, family="AF_UNIX", backlog=64, authkey=key)
+        environment = {**os.environ, "DENOISED_HOST_KEY": key.hex(), "OMP_NUM_THREADS": "1"}
+        if environment.get("DENOISED_KEEP_PAGES", "1") != "0":
+            environment = {**KEEP_PAGES, **environment}
+        if sys.platform.startswith("linux"):
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        # A session of its own: Ctrl-C reaches the client alone, which then stops the ranks in order.
+        command = [sys.executable, "-m", "denoised.runtime.host", self._address]
+        self._process = subprocess.Popen(command, env=environment, start_new_session=True)
+        self._connection = self._accept()
+        self._generation = 0
+
+    def _accept(self) -> PickleChannel:
+        """The next connection; notices a host that ends instead of calling."""
+        result: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=lambda: result.put(self._listener.accept()), daemon=True).start()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return PickleChannel(result.get(timeout=0.5))
+            if self._process.poll() is not None:
+                raise EngineError(f"the process that starts ranks ended with code {self._process.returncode}.")
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def fork(self, config: EngineConfig, deliver: Deliver) -> ForkedRanks:
+        """Start all ranks of `config`."""
+        self._generation += 1
+        rendezvous = f"file://{self._folder.name}/store-{self._generation}"
+        world_size = config.parallel_config.world_size
+        pids: list[int] = []
+        for rank in range(world_size):
+            self._connection.send(
+                RankSpec(
+                    config=config,
+                    rank=rank,
+                    local_rank=rank,
+                    world_size=world_size,
+                    local_world_size=world_size,
+                    rendezvous=rendezvous,
+                )
+            )
+            pids.append(self._connection.recv())
+        channels: dict[int, PickleChannel] = {}
+        while len(channels) < world_size:
+            channel = self._accept()
+            channels[channel.recv()] = channel
+        return ForkedRanks(pids=pids, channels=channels, deliver=deliver)
+
+    def close(self) -> None:
+        self._connection.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+        if self.alive:
+            self._process.kill()
+            self._process.wait()
+        self._listener.close()
+        self._folder.cleanup()
+
+
+class ForkedRanks:
+    """Ranks in processes of this node, each with a reader thread here."""
+
+    def __init__(self, *, pids: list[int], channels: dict[int, PickleChannel], deliver: Deliver) -> None:
+        self.pids, self._channels, self._deliver = pids, channels, deliver
+        self._threads = [
+            threading.Thread(target=self._read, args=(rank,), name=f"rank-{rank}-events", daemon=True) for rank in channels
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self, rank: int) -> None:
+        for event in _events(self._channels[rank]):
+            self._deliver(rank, event)
+        self._deliver(rank, None)
+
+    def send(self, command: Command) -> None:
+        with contextlib.suppress(OSError):  # the reader thread reports a rank that is gone
+            self._channels[0].send(command)
+
+    def kill(self) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def join(self, timeout: float) -> None:
+        for thread in self._threads:
+            thread.join(timeout)
+        for channel in self._channels.values():
+            channel.close()
+
+
+def _events(channel: PickleChannel) -> Iterator[Any]:
+    while True:
+        try:
+            yield channel.recv()
+        except (EOFError, OSError):
+            return
+
+
+def torchrun_rank() -> int | None:
+    """This process's rank under torchrun, or None elsewhere."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def torchrun_spec(config: EngineConfig) -> RankSpec:
+    """This process's part under torchrun.
+
+    Raises:
+        InvalidConfigError: torchrun gave another number of ranks than the degrees need.
+    """
+    given, needed = int(os.environ["WORLD_SIZE"]), config.parallel_config.world_size
+    if given != needed:
+        raise InvalidConfigError(
+            f"torchrun gave {given} ranks and the degrees need {config.parallel_config.formula()}; "
+            "change --nproc-per-node or a degree."
+        )
+    return RankSpec(
+        config=config,
+        rank=int(os.environ["RANK"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        world_size=given,
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", given)),
+        rendezvous="env://",
+    )

@@ -1,0 +1,161 @@
+"""From a model's name to a pipeline. Folders are checked file by file first, without torch, so that a damaged
+checkpoint is one clear sentence before any rank starts. Weights are safetensors only; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from denoised import hf
+from denoised.config import EngineConfig
+from denoised.errors import ModelError, one_line
+
+BUILTIN = {"shapes": Path(__file__).parent.parent / "models" / "shapes"}
+# Sampling parameters of built-in models, which were trained for one size.
+BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "shapes": {"height": 128, "width": 128, "num_inference_steps": 20, "true_cfg_scale": 4.0}
+}
+
+
+def locate(model: str) -> str | Path:
+    """The folder of a built-in or local model, or the hub id as it is.
+
+    Raises:
+        ModelError: no such folder, or a folder that is damaged.
+    """
+    if model in BUILTIN:
+        return _checked(BUILTIN[model])
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _checked(path)
+    if path.exists():
+        raise ModelError(f"model={model!r} is a file; give the folder that holds model_index.json.")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        known = ", ".join(BUILTIN)
+        raise ModelError(f"model={model!r} is no folder, no hub id of the form owner/name, and not built in ({known}).")
+    return model
+
+
+def _checked(folder: Path) -> Path:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ModelError(f"{folder} has no model_index.json; give a folder in diffusers layout.")
+    names = [name for name, value in _read_json(index).items() if isinstance(value, list) and value[:1] != [None]]
+    for name in names:
+        _check_component(folder / name)
+    return folder
+
+
+def _check_component(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"{folder.parent} lacks the component {folder.name!r} that its model_index.json names.")
+    for index in folder.glob("*.safetensors.index.json"):
+        for shard in sorted(set(_read_json(index).get("weight_map", {}).values())):
+            if not (folder / shard).is_file():
+                raise ModelError(f"{folder / shard} is missing, though {index.name} names it; download it again.")
+    for file in folder.glob("*.safetensors"):
+        read_header(file)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is no readable JSON ({one_line(error)}).") from error
+    return value if isinstance(value, dict) else {}
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Names, shapes and offsets of a safetensors file, without its tensors.
+
+    Raises:
+        ModelError: the file is truncated or is no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
+        raw = file.read(min(length, size))
+    try:
+        header = json.loads(raw)
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is no safetensors file, or is truncated; download it again.") from error
+    if 8 + length + end != size:
+        raise ModelError(f"{path} has {size} bytes instead of {8 + length + end}: it is truncated; download it again.")
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def default_sampling_params(model: Any) -> dict[str, Any]:
+    """Sampling parameters that a built-in model was trained for."""
+    return BUILTIN_DEFAULTS.get(model, {}) if isinstance(model, str) else {}
+
+
+def load(config: EngineConfig, *, device: str) -> Any:
+    """The pipeline of `config.model` on `device`, ready to run.
+
+    Raises:
+        ModelError: it cannot be loaded, with the reason in one sentence.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    hf.quiet()
+    if not isinstance(config.model, str | Path):
+        return _configured(config.model.to(device), config)
+    source = locate(str(config.model))
+    dtype = "auto" if dtype_name(config, device) == "auto" else getattr(torch, dtype_name(config, device))
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            source,
+            dtype=None if dtype == "auto" else dtype,
+            use_safetensors=True,
+            local_files_only=isinstance(source, Path),
+        )
+    except Exception as error:
+        raise ModelError(f"model {str(config.model)!r} cannot be loaded: {one_line(error)}") from error
+    if isinstance(source, Path):
+        _check_complete(pipeline, source)
+    return _configured(pipeline.to(device), config)
+
+
+def dtype_name(config: EngineConfig, device: str) -> str:
+    """The dtype that weights are loaded in."""
+    return config.dtype or ("float32" if device == "cpu" else "bfloat16")
+
+
+def _check_complete(pipeline: Any, folder: Path) -> None:
+    """A denoiser or VAE weight that no file holds would be random: refuse it."""
+    from diffusers import ModelMixin
+
+    for name, component in pipeline.components.items():
+        if isinstance(component, ModelMixin):
+            found = {key for file in (folder / name).glob("*.safetensors") for key in read_header(file)}
+            missing = [key for key in component.state_dict() if key not in found]
+            if found and missing:
+                raise ModelError(f"{folder / name} lacks the weight {missing[0]} ({len(missing)} in all); download it again.")
+
+
+def _configured(pipeline: Any, config: EngineConfig) -> Any:
+    """Settings of the engine that pipelines read from themselves."""
+    from denoised.runtime.program import set_flow_shift
+
+    pipeline.set_progress_bar_config(disable=True)
+    if config.boundary_ratio is not None:
+        _refuse_unless("boundary_ratio" in pipeline.config, "boundary_ratio", pipeline)
+        hf.set_config(pipeline, boundary_ratio=config.boundary_ratio)
+    if config.flow_shift is not None:
+        _refuse_unless(bool({"flow_shift", "shift"} & set(pipeline.scheduler.config)), "flow_shift", pipeline)
+        set_flow_shift(pipeline.scheduler, config.flow_shift)
+    for setting, method in (("vae_use_slicing", "enable_slicing"), ("vae_use_tiling", "enable_tiling")):
+        if getattr(config, setting):
+            _refuse_unless(hasattr(getattr(pipeline, "vae", None), method), setting, pipeline)
+            getattr(pipeline.vae, method)()
+    return pipeline
+
+
+def _refuse_unless(possible: bool, setting: str, pipeline: Any) -> None:
+    if not possible:
+        raise ModelError(f"{setting}: {type(pipeline).__name__} has no such setting; leave it out.")

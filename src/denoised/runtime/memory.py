@@ -1,0 +1,31 @@
+"""Facts about the process that go into receipts: peak memory and versions."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import sys
+from importlib import metadata
+
+import torch
+
+
+def peak_mb() -> float:
+    """Peak memory of this rank in MB: of the device where there is one, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what decides the bytes of a result."""
+    return {name: _version(name) for name in ("denoised", "torch", "diffusers", "transformers")}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"

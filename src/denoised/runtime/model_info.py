@@ -1,0 +1,146 @@
+"""What a loaded pipeline accepts, as plain data: made where it is loaded, read where requests are checked.
+
+The client checks requests against this without importing torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from denoised.checks import unknown_names
+from denoised.config import EngineConfig
+from denoised.errors import InvalidRequestError
+from denoised.request import OmniDiffusionSamplingParams, PromptDict
+from denoised.spec.model_spec import Kind, ModelSpec
+
+# Fields that the engine itself acts on, or that reach the pipeline under another name.
+ENGINE_FIELDS = frozenset(
+    "seed generator num_outputs_per_prompt output_type boundary_ratio flow_shift return_trajectory_latents pil_image "
+    "fps lora_request lora_scale extra_args enable_frame_interpolation frame_interpolation_exp "
+    "frame_interpolation_scale frame_interpolation_model_path".split()
+)
+COUNT_NAMES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_outputs_per_prompt")
+# Keywords that the engine sets itself or that cannot reach another process.
+RESERVED = frozenset({"self", "generator", "output_type", "return_dict", "callback", "callback_on_step_end"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """A loaded model. `parameters` are the keywords of its `__call__`; `size_multiple` what sizes must divide by."""
+
+    model: str
+    pipeline: str
+    kind: Kind
+    parameters: frozenset[str]
+    size_multiple: int
+    branching_config: frozenset[str]
+    device: str
+    dtype: str
+    needs_image: bool = False
+    declared: bool = True
+    exclusive: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+    def defaults_for(self, prompt: PromptDict) -> dict[str, Any]:
+        """Sampling parameters for what a request leaves open. Guidance needs a negative prompt to act on."""
+        unguided = "negative_prompt" not in prompt and "negative_prompt_embeds" not in prompt
+        return {k: v for k, v in self.defaults.items() if not (unguided and k == "true_cfg_scale")}
+
+
+def describe(pipeline: Any, spec: ModelSpec, *, model: str, device: str, dtype: str, defaults: dict[str, Any]) -> ModelInfo:
+    """The ModelInfo of a loaded pipeline."""
+    scheduler_config = getattr(getattr(pipeline, "scheduler", None), "config", {})
+    configurable = {n for n in ("boundary_ratio",) if n in pipeline.config}
+    configurable |= {"flow_shift"} if {"flow_shift", "shift"} & set(scheduler_config) else set()
+    return ModelInfo(
+        model=model,
+        pipeline=type(pipeline).__name__,
+        kind=spec.kind,
+        parameters=frozenset(inspect.signature(type(pipeline).__call__).parameters),
+        size_multiple=spec.size_multiple or _size_multiple(pipeline),
+        branching_config=frozenset(configurable),
+        needs_image=spec.needs_image,
+        declared=spec.declared,
+        exclusive=spec.exclusive,
+        device=device,
+        dtype=dtype,
+        defaults={**spec.defaults, **defaults},
+    )
+
+
+def _size_multiple(pipeline: Any) -> int:
+    """Pixels of one latent, times the denoiser's patch where its configuration names one."""
+    scale = getattr(pipeline, "vae_scale_factor", None) or getattr(pipeline, "vae_scale_factor_spatial", None)
+    scale = scale or getattr(pipeline, "vae_spatial_compression_ratio", None) or 8
+    denoiser = getattr(pipeline, "transformer", None)
+    patch = getattr(getattr(denoiser, "config", None), "patch_size", 1) if denoiser is not None else 1
+    return int(scale) * int(patch[-1] if isinstance(patch, list | tuple) else patch or 1)
+
+
+def check(prompt: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo, config: EngineConfig) -> None:
+    """Refuse a request that this model cannot run, before it is queued.
+
+    Raises:
+        InvalidRequestError: one sentence with the field, the value and what is allowed.
+    """
+    _check_taken(params, info)
+    _check_size(params, info, config)
+    _check_prompt(prompt, params, info, config)
+
+
+def _check_taken(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
+    for f in fields(params):
+        value = getattr(params, f.name)
+        if value is not None and f.name not in ENGINE_FIELDS and f.name not in info.parameters:
+            raise InvalidRequestError(f"{f.name}={value!r:.40}: {info.pipeline} does not take it; leave it out.")
+    for name in ("boundary_ratio", "flow_shift"):
+        if getattr(params, name) is not None and name not in info.branching_config | info.parameters:
+            raise InvalidRequestError(f"{name}={getattr(params, name)}: {info.pipeline} has no such setting; leave it out.")
+    problem = unknown_names(params.extra_args, info.parameters - RESERVED, f"{info.pipeline} keyword in extra_args")
+    if problem:
+        raise InvalidRequestError(problem)
+    if params.num_outputs_per_prompt > 1 and not info.parameters & set(COUNT_NAMES):
+        raise InvalidRequestError(
+            f"num_outputs_per_prompt={params.num_outputs_per_prompt}: {info.pipeline} makes one output a request; "
+            "send the prompt several times with different seeds."
+        )
+
+
+def _check_size(params: OmniDiffusionSamplingParams, info: ModelInfo, config: EngineConfig) -> None:
+    multiple = info.size_multiple
+    for name in ("height", "width"):
+        value = getattr(params, name)
+        if value is not None and value % multiple:
+            below, above = value // multiple * multiple, (value // multiple + 1) * multiple
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise InvalidRequestError(
+                f"{name}={value}: {info.pipeline} needs a multiple of {multiple}; use {nearest}."
+            )
+    pixels = (params.height or 1) * (params.width or 1)
+    if pixels > config.max_pixels:
+        raise InvalidRequestError(
+            f"height x width = {params.height} x {params.width} is more than max_pixels={config.max_pixels}; "
+            "ask for less or start with a larger max_pixels."
+        )
+
+
+def _check_prompt(prompt: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo, config: EngineConfig) -> None:
+    for key in ("prompt", "negative_prompt"):
+        text = prompt.get(key)
+        if isinstance(text, str) and len(text) > config.max_prompt_chars:
+            raise InvalidRequestError(
+                f"{key} has {len(text)} characters; at most {config.max_prompt_chars} are allowed, so shorten it."
+            )
+        if text is not None and key not in info.parameters:
+            raise InvalidRequestError(f"{key}: {info.pipeline} does not take it; leave it out.")
+    embedded = "prompt_embeds" in prompt or "prompt_embeds" in params.extra_args
+    if prompt.get("prompt") is None and not embedded and "prompt" in info.parameters:
+        raise InvalidRequestError("prompt is missing; give a prompt or prompt_embeds.")
+    data = dict(prompt.get("multi_modal_data") or {})
+    unknown = [name for name in data if name not in info.parameters]
+    if unknown or (params.pil_image is not None and "image" not in info.parameters):
+        raise InvalidRequestError(f"multi_modal_data.{(unknown or ['image'])[0]}: {info.pipeline} does not take it.")
+    if info.needs_image and "image" not in data and params.pil_image is None and "image" not in params.extra_args:
+        raise InvalidRequestError(f"multi_modal_data.image is missing; {info.pipeline} starts from an image.")

@@ -1,0 +1,218 @@
+"""`Omni` and `AsyncOmni`: the engine in a program. Both drive the same client as the server."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import secrets
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import fields
+from types import TracebackType
+from typing import Any
+
+from denoised.checks import unknown_names
+from denoised.config import DiffusionParallelConfig, EngineConfig
+from denoised.errors import DenoisedError, InvalidRequestError
+from denoised.request import (
+    OmniDiffusionSamplingParams,
+    OmniRequestOutput,
+    Progress,
+    Prompt,
+    PromptDict,
+    Request,
+    as_prompt,
+)
+from denoised.runtime import model_info
+from denoised.runtime.client import Client
+
+SamplingParams = OmniDiffusionSamplingParams
+
+
+def engine_config(
+    model: Any = None, parallel_config: DiffusionParallelConfig | None = None, **settings: Any
+) -> EngineConfig:
+    """An EngineConfig from the keywords of `Omni`.
+
+    Raises:
+        TypeError: an unknown keyword, with the nearest known one.
+    """
+    problem = unknown_names(settings, (f.name for f in fields(EngineConfig)), "keyword")
+    if problem:
+        raise TypeError(problem)
+    given: dict[str, Any] = {"model": model, "parallel_config": parallel_config} | settings
+    return EngineConfig(**{name: value for name, value in given.items() if value is not None})
+
+
+class _Frontend:
+    """What Omni and AsyncOmni share: the client, request ids, and checking a prompt into a request."""
+
+    def __init__(
+        self, model: Any = None, *, parallel_config: DiffusionParallelConfig | None = None, **settings: Any
+    ) -> None:
+        self.config = engine_config(model, parallel_config, **settings)
+        self._client = Client(self.config)
+        self._ids = itertools.count()
+
+    @property
+    def info(self) -> model_info.ModelInfo:
+        """What the loaded model accepts."""
+        return self._client.info
+
+    @property
+    def restarts(self) -> int:
+        """How often ranks were lost and started again."""
+        return self._client.restarts
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """Process ids of the ranks; empty where the one rank is a thread of this process."""
+        return self._client.rank_pids
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request wherever it stands; its output says so in `error`."""
+        self._client.abort(request_id)
+
+    def close(self) -> None:
+        """Stop the engine; requests without an output fail."""
+        self._client.close()
+
+    def _next_id(self) -> str:
+        return f"req-{next(self._ids)}"
+
+    def _request(self, request_id: str, prompt: Any, params: SamplingParams | None) -> Request:
+        prompt = as_prompt(prompt)
+        params = (params or SamplingParams()).with_defaults(self.info.defaults_for(prompt))
+        model_info.check(prompt, params, self.info, self.config)
+        seed = params.seed if params.seed is not None else secrets.randbits(31)
+        state = params.generator.get_state() if params.generator is not None else None
+        if params.generator is not None:
+            seed = params.generator.initial_seed() % 2**63
+            params = params.without_generator()
+        return Request(request_id=request_id, prompt=prompt, params=params, seed=seed, generator_state=state)
+
+
+def _rejected(request_id: str, prompt: Any, error: DenoisedError) -> OmniRequestOutput:
+    shown: PromptDict = prompt if isinstance(prompt, dict) else {"prompt": str(prompt)}
+    return OmniRequestOutput(request_id=request_id, prompt=shown, error=str(error))
+
+
+class Omni(_Frontend):
+    """Offline inference: a list of prompts in, a list of outputs out, in order.
+
+    Args:
+        model: hub id, folder in diffusers layout, built-in name (default: `shapes`), or a DiffusionPipeline.
+        parallel_config: ranks and what they do.
+        settings: any further field of `EngineConfig`.
+
+    Raises:
+        TypeError: an unknown keyword.
+        InvalidConfigError, ModelError: settings or a model that cannot start, with the way out.
+    """
+
+    def __enter__(self) -> Omni:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        py_generator: bool = False,
+    ) -> Any:
+        """Run requests; `list[OmniRequestOutput]` in the order of `prompts`.
+
+        Args:
+            prompts: a string, a dict, or a list of them.
+            sampling_params: one for all, or one for each.
+            use_tqdm: show a progress bar over denoising steps.
+            py_generator: return a generator instead, which gives outputs as they finish.
+
+        A request that fails has its reason in `error`; the others are not touched.
+        """
+        many = [prompts] if isinstance(prompts, str | dict) else list(prompts)
+        params = _one_each(sampling_params, len(many))
+        ids = [self._next_id() for _ in many]
+        finished = self._run(ids, many, params, use_tqdm)
+        if py_generator:
+            return finished
+        outputs = {output.request_id: output for output in finished}
+        return [outputs[request_id] for request_id in ids]
+
+    def _run(
+        self, ids: list[str], prompts: Sequence[Any], params: Sequence[SamplingParams | None], use_tqdm: bool
+    ) -> Iterator[OmniRequestOutput]:
+        inbox: queue.SimpleQueue[Progress | OmniRequestOutput] = queue.SimpleQueue()
+        for request_id, prompt, param in zip(ids, prompts, params, strict=True):
+            try:
+                self._client.submit(self._request(request_id, prompt, param), inbox.put)
+            except InvalidRequestError as error:
+                inbox.put(_rejected(request_id, prompt, error))
+        return _collect(inbox, ids, self.abort, use_tqdm)
+
+
+def _one_each(params: Any, count: int) -> Sequence[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise InvalidRequestError(f"sampling_params has {len(params)} entries for {count} prompts; give one, or one each.")
+    return list(params)
+
+
+def _collect(
+    inbox: queue.SimpleQueue[Progress | OmniRequestOutput], ids: list[str], abort: Any, use_tqdm: bool
+) -> Iterator[OmniRequestOutput]:
+    """Outputs as they finish. Leaving early (an exception, a closed generator) aborts what is still running."""
+    from denoised.runtime.progress import StepBar
+
+    missing = set(ids)
+    with StepBar(len(ids), enabled=use_tqdm) as bar:
+        try:
+            while missing:
+                event = inbox.get()
+                bar.show(event)
+                if isinstance(event, OmniRequestOutput):
+                    missing.discard(event.request_id)
+                    yield event
+        finally:
+            for request_id in missing:
+                abort(request_id)
+
+
+class AsyncOmni(_Frontend):
+    """Online inference in an event loop: `async for event in omni.generate(...)` gives `Progress` events and, last, the
+    `OmniRequestOutput`. Cancelling the consumer aborts the request."""
+
+    async def __aenter__(self) -> AsyncOmni:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> AsyncIterator[Progress | OmniRequestOutput]:
+        """Run one request.
+
+        Raises:
+            InvalidRequestError: the model cannot run it; nothing was queued.
+        """
+        events: asyncio.Queue[Progress | OmniRequestOutput] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        request = self._request(request_id or self._next_id(), prompt, sampling_params)
+        self._client.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event) and None)
+        done = False
+        try:
+            while not done:
+                event = await events.get()
+                done = isinstance(event, OmniRequestOutput)
+                yield event
+        finally:
+            if not done:
+                self.abort(request.request_id)

@@ -1,0 +1,34 @@
+"""A progress bar over the denoising steps of several requests."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from tqdm.auto import tqdm
+
+from denoised.request import OmniRequestOutput, Progress
+
+
+class StepBar:
+    """Counts steps of all requests; the total grows as requests say how many steps they have."""
+
+    def __init__(self, num_requests: int, *, enabled: bool) -> None:
+        self._bar = tqdm(total=0, unit="step", disable=not enabled, leave=False)
+        self._steps: dict[str, tuple[int, int]] = {}
+        self._left = num_requests
+
+    def __enter__(self) -> StepBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._bar.close()
+
+    def show(self, event: Progress | OmniRequestOutput) -> None:
+        """Draw what an event says."""
+        if isinstance(event, OmniRequestOutput):
+            self._left -= 1
+        else:
+            self._steps[event.request_id] = (event.step, event.total_steps)
+            self._bar.total = sum(total for _, total in self._steps.values())
+            self._bar.n = sum(step for step, _ in self._steps.values())
+        self._bar.set_postfix_str(f"{self._left} to go" if self._left > 1 else "")

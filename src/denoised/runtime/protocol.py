@@ -1,0 +1,89 @@
+"""What the client and the ranks say to each other, as plain data."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from denoised.config import EngineConfig
+from denoised.request import OmniRequestOutput, Progress, Request
+from denoised.runtime.model_info import ModelInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What rank 0 tells all ranks to do between ticks: exactly one field is set."""
+
+    admit: Request | None = None
+    cancel: str | None = None
+    stop: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A rank has loaded its model."""
+
+    info: ModelInfo
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A rank cannot go on. `by_user` marks errors of the settings or the model, which a restart does not mend."""
+
+    error: str
+    by_user: bool = False
+
+
+Event = Progress | OmniRequestOutput | Ready | Failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSpec:
+    """One rank of one engine. `rendezvous` is the init method of its process group; None where there is one rank."""
+
+    config: EngineConfig
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    rendezvous: str | None = None
+
+
+class Channel(Protocol):
+    """A rank's end of its connection to the client."""
+
+    def send(self, event: Any, /) -> None: ...
+
+    def recv(self) -> Any: ...
+
+    def poll(self, timeout: float = ..., /) -> bool: ...
+
+
+class PickleChannel:
+    """A connection between our own processes that copies what it sends.
+
+    `Connection.send` would hand tensors over as shared file descriptors, which die with the process that made them.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def send(self, item: Any) -> None:
+        self._connection.send_bytes(pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL))
+
+    def recv(self) -> Any:
+        return pickle.loads(self._connection.recv_bytes())
+
+    def poll(self, timeout: float = 0.0) -> bool:
+        return self._connection.poll(timeout)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+Deliver = Callable[[int, Event | None], None]
+"""Takes a rank's event; None means that the rank is gone."""

@@ -1,0 +1,136 @@
+"""One rank: loads the model, then ticks its engine until it is told to stop.
+
+Knows its channel and its process group, not who started it: a thread, a forked process and a rank of torchrun run this
+same code.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+import traceback
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from denoised import env
+from denoised.config import EngineConfig
+from denoised.errors import DenoisedError, one_line
+from denoised.runtime import denoiser, load, model_info
+from denoised.runtime.encoder_cache import EncoderCache
+from denoised.runtime.engine import Engine
+from denoised.runtime.protocol import Channel, Command, Failed, RankSpec, Ready
+from denoised.spec.registry import resolve
+from denoised.steps.wire import Wire
+
+# An idle engine still ticks this often (seconds), so that a rank that died is noticed without a request.
+HEARTBEAT = 5.0
+# Collectives wait this long for a slow peer; a peer that died is noticed at once, by its closed connection.
+PATIENCE = datetime.timedelta(hours=1)
+
+
+def run_rank(spec: RankSpec, channel: Channel) -> None:
+    """Serve until told to stop or until the channel closes. Errors go out as `Failed`."""
+    try:
+        engine = start(spec, channel)
+        serve(engine, channel, is_first=spec.rank == 0)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the client is gone
+    except Exception as error:
+        by_user = isinstance(error, DenoisedError)
+        _tell(channel, Failed(error=str(error) if by_user else _with_place(error), by_user=by_user))
+    finally:
+        if dist.is_initialized() and spec.rendezvous not in (None, "env://"):
+            dist.destroy_process_group()
+
+
+def start(spec: RankSpec, channel: Channel) -> Engine:
+    """Join the group, load the model, build the engine, and say that this rank is ready."""
+    started = time.perf_counter()
+    env.keep_pages()
+    torch.set_num_threads(spec.config.num_threads or env.default_threads(spec.local_world_size))
+    device = device_of(spec)
+    wire = _connect(spec, device)
+    pipeline = load.load(spec.config, device=device)
+    model_spec = resolve(pipeline)
+    guidance = denoiser.build(pipeline, model_spec, spec.config, rank=spec.rank, num_ranks=spec.world_size)
+    info = model_info.describe(
+        pipeline,
+        model_spec,
+        model=_model_name(spec.config),
+        device=device,
+        dtype=load.dtype_name(spec.config, device),
+        defaults={**load.default_sampling_params(spec.config.model), **spec.config.default_sampling_params},
+    )
+    channel.send(Ready(info=info, seconds=time.perf_counter() - started))
+    return Engine(
+        pipeline=pipeline,
+        spec=model_spec,
+        info=info,
+        guidance=guidance,
+        cache=EncoderCache(spec.config.encoder_cache_mb * 2**20),
+        wire=wire,
+        axes=spec.config.parallel_config.axes,
+    )
+
+
+def serve(engine: Engine, channel: Channel, *, is_first: bool) -> None:
+    """Tick until stopped. On rank 0 an idle engine sleeps in its channel; the others sleep in the header exchange."""
+
+    def commands() -> list[Command]:
+        return _received(channel, timeout=HEARTBEAT if engine.idle else 0.0)
+
+    while not engine.stopped:
+        for event in engine.tick(commands):
+            if is_first:
+                channel.send(event)
+
+
+def _received(channel: Channel, timeout: float) -> list[Command]:
+    commands: list[Command] = []
+    while channel.poll(0.0 if commands else timeout):
+        commands.append(channel.recv())
+    return commands
+
+
+def device_of(spec: RankSpec) -> str:
+    """The accelerator of this rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    torch.cuda.set_device(spec.local_rank)
+    return f"cuda:{spec.local_rank}"
+
+
+def _connect(spec: RankSpec, device: str) -> Wire | None:
+    """The group and mesh of all ranks; None where there is one."""
+    if spec.world_size == 1:
+        return None
+    kind = device.split(":")[0]
+    if not dist.is_initialized():
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, init_method=spec.rendezvous, rank=spec.rank, world_size=spec.world_size, timeout=PATIENCE
+        )
+    axes = {name: size for name, size in spec.config.parallel_config.axes.items() if size > 1}
+    mesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return Wire(control=control, data=mesh["cfg"].get_group(), device=torch.device(device))
+
+
+def _model_name(config: EngineConfig) -> str:
+    return config.model if isinstance(config.model, str) else type(config.model).__name__
+
+
+def _with_place(error: Exception) -> str:
+    """The error and where it was raised, for failures that are ours and not the user's."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{one_line(error)} ({last.filename.rsplit('/', 2)[-1]}:{last.lineno})"
+
+
+def _tell(channel: Channel, event: Any) -> None:
+    try:
+        channel.send(event)
+    except OSError:
+        pass

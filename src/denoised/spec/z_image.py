@@ -1,0 +1,7 @@
+"""Z-Image: latents and captions are lists with one entry a row, the answer too."""
+
+from __future__ import annotations
+
+from denoised.spec.model_spec import ModelSpec
+
+SPECS = (ModelSpec(pipeline="ZImagePipeline", models=("Z-Image", "Z-Image-Turbo"), row_lists=frozenset({"x", "cap_feats"})),)

@@ -1,0 +1,221 @@
+"""A value that is looked at later: what a denoiser call returns while its task runs on.
+
+The program may index it, do arithmetic with it, or hand it to torch functions; each such use is recorded and gives
+another Deferred. Whatever needs the value (control flow, `scheduler.step`, a shape) forces it: the task stops until
+the engine has resolved the calls it depends on, then the recorded operations run, on the task's own thread.
+
+This file does not know what a call is or who computes it: a `Source` is resolved by somebody else.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+# Methods that only compute: recorded. Every other attribute is looked up on the value, which forces it.
+LAZY_METHODS = frozenset(
+    "abs add bfloat16 chunk clamp clone contiguous cpu cuda detach div double exp expand flatten float half lerp mean "
+    "movedim mul narrow neg norm permute pow repeat repeat_interleave reshape split sqrt square squeeze std sub sum "
+    "tile to transpose type type_as unflatten unsqueeze var view".split()
+)
+# Fields of a model output that hold the prediction.
+LAZY_FIELDS = frozenset({"sample"})
+RANDOM_FUNCTIONS = frozenset(
+    "bernoulli dropout feature_dropout multinomial normal poisson rand_like randint_like randn_like".split()
+)
+
+
+class Source:
+    """The result of one suspended call. `wait` stops the task; the engine calls `resolve` or `fail`."""
+
+    __slots__ = ("_error", "_value", "_wait", "arity", "done")
+
+    def __init__(self, wait: Callable[[], None], arity: int | None = None) -> None:
+        self._wait, self.arity, self.done = wait, arity, False
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def resolve(self, value: Any) -> None:
+        self._value, self.done = value, True
+
+    def fail(self, error: BaseException) -> None:
+        self._error, self.done = error, True
+
+    def get(self) -> Any:
+        while not self.done:
+            self._wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class Deferred:
+    """A recorded expression over the results of suspended calls."""
+
+    __slots__ = ("_args", "_arity", "_fn", "_kwargs", "_ready", "_value", "_versions")
+    __array_ufunc__ = None  # numpy scalars on the left leave the operation to us
+    __hash__ = object.__hash__
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], arity: int | None) -> None:
+        self._fn, self._args, self._kwargs, self._arity = fn, args, kwargs, arity
+        self._ready, self._value = False, None
+        self._versions = [(t, t._version) for t in _tensors((args, kwargs))]
+
+    @classmethod
+    def of(cls, source: Source) -> Deferred:
+        """The Deferred of a call's own result."""
+        return cls(source.get, (), {}, source.arity)
+
+    def force(self) -> Any:
+        """The value; stops the task until the calls it depends on are computed."""
+        if not self._ready:
+            args, kwargs = plain(self._args), plain(self._kwargs)
+            self._check_inputs()
+            self._value, self._ready = self._fn(*args, **kwargs), True
+            self._fn, self._args, self._kwargs, self._versions = _spent, (), {}, []
+        return self._value
+
+    def _check_inputs(self) -> None:
+        if any(tensor._version != version for tensor, version in self._versions):
+            raise RuntimeError(
+                "a tensor was changed in place between a recorded use of a prediction and its evaluation; "
+                "set defer=False in the model's spec"
+            )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if _changes_state(name) or "out" in (kwargs or {}):
+            return func(*plain(args), **plain(kwargs or {}))
+        return record(func, args, kwargs or {}, _arity_of(name, args, kwargs or {}))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in LAZY_METHODS:
+            return partial(_method, name, self)
+        if name in LAZY_FIELDS:
+            return record(getattr, (self, name), {})
+        return getattr(self.force(), name)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._ready and self._arity is not None:
+            return iter([self[i] for i in range(self._arity)])
+        return iter(self.force())
+
+    def __len__(self) -> int:
+        return self._arity if not self._ready and self._arity is not None else len(self.force())
+
+    def __bool__(self) -> bool:
+        return bool(self.force())
+
+    def __float__(self) -> float:
+        return float(self.force())
+
+    def __int__(self) -> int:
+        return int(self.force())
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.force()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.force()[plain(index)] = plain(value)
+
+    def __repr__(self) -> str:
+        return f"Deferred({self._value!r})" if self._ready else "Deferred(pending)"
+
+
+def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], arity: int | None = None) -> Any:
+    """`fn(*args, **kwargs)` as a Deferred, or its value at once if nothing in it is pending."""
+    if any(not d._ready for d in _leaves((args, kwargs)) if isinstance(d, Deferred)):
+        return Deferred(fn, args, kwargs, arity)
+    return fn(*plain(args), **plain(kwargs))
+
+
+def plain(value: Any) -> Any:
+    """`value` with every Deferred in it (lists, tuples and dicts included) forced."""
+    if isinstance(value, Deferred):
+        return plain(value.force())
+    if type(value) in (list, tuple):
+        return type(value)(plain(item) for item in value)
+    if type(value) is dict:
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if type(value) in (list, tuple):
+        for item in value:
+            yield from _leaves(item)
+    elif type(value) is dict:
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    # Inference tensors carry no version counter; they cannot be changed in place outside inference mode either.
+    return (leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor) and not leaf.is_inference())
+
+
+def _spent(*_: Any) -> Any:
+    raise AssertionError("a Deferred is evaluated once")
+
+
+def _changes_state(name: str) -> bool:
+    """Whether a torch function writes to its input or draws random numbers: both must happen now, in program order."""
+    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
+    return in_place or name in RANDOM_FUNCTIONS
+
+
+def _arity_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """How many parts a splitting function gives, where its arguments alone tell.
+
+    `chunk(n)` may give fewer than n on a short dimension; indexing a missing part raises when it is evaluated.
+    """
+    parameter = (*args, *kwargs.values())[1] if len(args) + len(kwargs) > 1 else None
+    if name == "chunk" and isinstance(parameter, int):
+        return parameter
+    if name in ("split", "split_with_sizes", "tensor_split") and isinstance(parameter, list | tuple):
+        return len(parameter)
+    return None
+
+
+def _method(name: str, self: Deferred, *args: Any, **kwargs: Any) -> Any:
+    return record(_call(name), (self, *args), kwargs, _arity_of(name, (self, *args), kwargs))
+
+
+def _call(name: str) -> Callable[..., Any]:
+    return lambda value, *args, **kwargs: getattr(value, name)(*args, **kwargs)
+
+
+def _binary(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda self, other: record(function, (self, other), {})
+
+
+def _reflected(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda self, other: record(function, (other, self), {})
+
+
+def _unary(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda self: record(function, (self,), {})
+
+
+def _install_operators() -> None:
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+        function = getattr(operator, name)
+        setattr(Deferred, f"__{name}__", _binary(function))
+        setattr(Deferred, f"__r{name}__", _reflected(function))
+    for name in ("getitem", "lt", "le", "gt", "ge", "eq", "ne"):
+        setattr(Deferred, f"__{name}__", _binary(getattr(operator, name)))
+    for name in ("neg", "abs", "invert"):
+        setattr(Deferred, f"__{name}__", _unary(getattr(operator, name)))
+
+
+_install_operators()

@@ -1,0 +1,128 @@
+"""One suspended component call, the thread state it must run under, and which call is running now.
+
+Features that keep state across steps (caches, key/value stores) find it by `running()`: the calls whose rows are in
+the forward that runs at this moment. State lives in `Call.state`, which belongs to the task and dies with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from denoised.steps.deferred import Source
+
+
+class Stage(enum.StrEnum):
+    """The three parts of a request's life that a component call belongs to."""
+
+    ENCODE = "encode"
+    DENOISE = "denoise"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ambient:
+    """Thread-local torch state of the program at the moment of a call: gradients, inference mode, autocast."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def capture(cls) -> Ambient:
+        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        return cls(
+            grad=torch.is_grad_enabled(),
+            inference=torch.is_inference_mode_enabled(),
+            autocast=tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
+        )
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Run a block of the engine's thread as the program's thread would."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for device, enabled, dtype in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A trapped method of a component: `function` is what ran there before, `name` its component in the pipeline."""
+
+    name: str
+    method: str
+    stage: Stage
+    function: Callable[..., Any]
+
+
+@dataclass(kw_only=True, eq=False)
+class Call:
+    """One suspended call. `branch` counts the denoiser calls of a task since its last scheduler step."""
+
+    task_id: str
+    target: Target
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    branch: int
+    ambient: Ambient
+    source: Source
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> Any:
+        """The call as the program made it: same arguments, same thread state."""
+        with self.ambient.restored(), _running((self,)):
+            return self.target.function(*self.args, **self.kwargs)
+
+    def named_arguments(self) -> dict[str, Any]:
+        """The arguments by parameter name, positional ones included."""
+        if not self.args:
+            return self.kwargs
+        signature = _signature(self.target)
+        bound = signature.bind(*self.args, **self.kwargs)
+        variadic = [n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
+        named = dict(bound.arguments)
+        for name in variadic:
+            named.update(named.pop(name, {}))
+        return named
+
+
+@cache
+def _signature(target: Target) -> inspect.Signature:
+    return inspect.signature(target.function)
+
+
+_local = threading.local()
+
+
+def running() -> tuple[Call, ...]:
+    """The calls whose rows are in the forward that runs now on this thread; empty outside one."""
+    calls: tuple[Call, ...] = getattr(_local, "calls", ())
+    return calls
+
+
+@contextlib.contextmanager
+def _running(calls: tuple[Call, ...]) -> Iterator[None]:
+    if running():
+        raise AssertionError("component calls do not nest")
+    _local.calls = calls
+    try:
+        yield
+    finally:
+        _local.calls = ()
+
+
+def run_joined(calls: tuple[Call, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward over rows of `calls`, which share a target and an ambient state."""
+    with calls[0].ambient.restored(), _running(calls):
+        return calls[0].target.function(**kwargs)

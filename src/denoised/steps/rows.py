@@ -1,0 +1,306 @@
+"""Rows: a denoiser call is a batch of independent rows (request x image x guidance branch).
+
+Split a call into rows, deal them to ranks, join rows of several calls into one forward, put the results together.
+Which arguments carry rows is read off their shapes; what shapes cannot tell, the model's spec says (`RowRules`).
+A piece that is a whole call runs with the call's own arguments, so on one rank nothing is copied or re-ordered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from denoised.steps.forward import Call, run_joined
+
+Tree = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRules:
+    """Which arguments of a denoiser carry rows, where their shapes do not tell.
+
+    shared: arguments that are the same for all rows, whatever their shape says.
+    lists: arguments that are lists with one entry a row.
+    whole: the call cannot be split or joined (packed sequences).
+    trusted: False makes the engine compare a split forward with a whole one before it relies on it.
+    """
+
+    shared: frozenset[str] = frozenset()
+    lists: frozenset[str] = frozenset()
+    whole: bool = False
+    trusted: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Some rows of one call, run on one rank."""
+
+    call: Call
+    rows: tuple[int, ...]
+    batch: int
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.rows) == self.batch
+
+    @property
+    def key(self) -> tuple[str, str, int, tuple[int, ...]]:
+        """The same on every rank."""
+        return (self.call.task_id, self.call.target.name, self.call.branch, self.rows)
+
+
+def batch_size(call: Call) -> int:
+    """Rows of a call: dim 0 of its first tensor argument, or the length of a leading list of tensors."""
+    first = next(iter(call.named_arguments().values()))
+    if isinstance(first, torch.Tensor):
+        return first.shape[0] if first.dim() else 1
+    return len(first) if isinstance(first, list | tuple) else 1
+
+
+def cost(call: Call) -> int:
+    """Work of one row in relative units: elements of its latents."""
+    first = next(iter(call.named_arguments().values()))
+    leaves = first if isinstance(first, list | tuple) else [first]
+    elements = sum(x.numel() for x in leaves if isinstance(x, torch.Tensor))
+    return max(1, elements // max(1, batch_size(call)))
+
+
+# ------------------------------------------------------------------ trees of arguments
+
+
+def _carries_rows(value: Tree, batch: int, *, as_list: bool) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.dim() > 0 and value.shape[0] == batch
+    if not isinstance(value, list) or len(value) != batch:
+        return False
+    return as_list or not all(isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == batch for x in value)
+
+
+def _pick(value: Tree, rows: tuple[int, ...]) -> Tree:
+    if isinstance(value, list):
+        return [value[i] for i in rows]
+    first, last = rows[0], rows[-1]
+    is_range = rows == tuple(range(first, last + 1))
+    return value[first : last + 1] if is_range else value[list(rows)]
+
+
+def take(value: Tree, rows: tuple[int, ...], batch: int, *, as_list: bool = False) -> Tree:
+    """The given rows of a tree of tensors and lists; what carries no rows is returned as it is."""
+    if _carries_rows(value, batch, as_list=as_list):
+        return _pick(value, rows)
+    if type(value) in (list, tuple):
+        return type(value)(take(x, rows, batch, as_list=_inner(value, as_list)) for x in value)
+    if isinstance(value, dict):
+        return _rebuild(value, {k: take(x, rows, batch, as_list=as_list) for k, x in value.items()})
+    return value
+
+
+def _inner(value: Tree, as_list: bool) -> bool:
+    """A list with one entry a row may stand inside a tuple or a model output, never inside another list."""
+    return as_list and isinstance(value, tuple)
+
+
+def _rebuild(original: dict[str, Any], items: dict[str, Any]) -> Any:
+    """A mapping of the same class: model outputs are ordered dicts with fields."""
+    return items if type(original) is dict else type(original)(**items)
+
+
+def concatenate(values: Sequence[Tree], batches: Sequence[int], *, as_list: bool = False) -> Tree:
+    """The inverse of `take` over several trees of one structure."""
+    first = values[0]
+    if _carries_rows(first, batches[0], as_list=as_list):
+        return [x for v in values for x in v] if isinstance(first, list) else torch.cat(list(values))
+    if type(first) in (list, tuple):
+        inner = _inner(first, as_list)
+        return type(first)(concatenate([v[i] for v in values], batches, as_list=inner) for i in range(len(first)))
+    if isinstance(first, dict):
+        return _rebuild(first, {k: concatenate([v[k] for v in values], batches, as_list=as_list) for k in first})
+    return first
+
+
+def _shape_signature(value: Tree, batch: int, *, as_list: bool = False) -> Any:
+    """What must agree for rows to be joined, as far as shapes tell."""
+    if isinstance(value, torch.Tensor):
+        shape = tuple(value.shape)
+        return (shape[1:] if _carries_rows(value, batch, as_list=as_list) else ("shared", *shape), value.dtype)
+    if _carries_rows(value, batch, as_list=as_list):
+        return ("rows", *sorted({repr(_shape_signature(x, -1)) for x in value}))
+    if type(value) in (list, tuple):
+        return tuple(_shape_signature(x, batch) for x in value)
+    if isinstance(value, dict):
+        return tuple((k, _shape_signature(x, batch)) for k, x in value.items())
+    return repr(value)
+
+
+def _shared_leaves(value: Tree, batch: int, *, as_list: bool = False) -> Iterable[torch.Tensor]:
+    if _carries_rows(value, batch, as_list=as_list):
+        return
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif type(value) in (list, tuple):
+        for x in value:
+            yield from _shared_leaves(x, batch)
+    elif isinstance(value, dict):
+        yield from _shared_leaves(list(value.values()), batch)
+
+
+# ------------------------------------------------------------------ calls
+
+
+def signature(call: Call, rules: RowRules) -> Any:
+    """Calls of equal signature may share a forward if their shared tensors are equal too."""
+    batch, named = batch_size(call), call.named_arguments()
+    arguments = tuple(
+        (name, "shared", _shape_signature(value, -1))
+        if name in rules.shared
+        else (name, _shape_signature(value, batch, as_list=name in rules.lists))
+        for name, value in sorted(named.items())
+    )
+    return (call.target.name, call.ambient, arguments)
+
+
+def shares_tensors(a: Call, b: Call, rules: RowRules) -> bool:
+    """Whether the tensors that rows of both calls would share are equal."""
+    return all(torch.equal(x, y) for x, y in zip(_shared(a, rules), _shared(b, rules), strict=True))
+
+
+def _shared(call: Call, rules: RowRules) -> list[torch.Tensor]:
+    batch, leaves = batch_size(call), []
+    for name, value in sorted(call.named_arguments().items()):
+        leaves += _shared_leaves(value, -1 if name in rules.shared else batch, as_list=name in rules.lists)
+    return leaves
+
+
+def arguments(piece: Piece, rules: RowRules) -> dict[str, Any]:
+    """The call's keyword arguments, cut down to the rows of the piece."""
+    return {
+        name: value if name in rules.shared else take(value, piece.rows, piece.batch, as_list=name in rules.lists)
+        for name, value in piece.call.named_arguments().items()
+    }
+
+
+def run(pieces: Sequence[Piece], rules: RowRules) -> list[Tree]:
+    """One forward over all pieces; the output of each."""
+    if len(pieces) == 1 and pieces[0].is_whole:
+        return [pieces[0].call.run()]
+    batches = [len(piece.rows) for piece in pieces]
+    parts = [arguments(piece, rules) for piece in pieces]
+    kwargs = {name: _joined(name, [p[name] for p in parts], batches, rules) for name in parts[0]}
+    output = run_joined(tuple(dict.fromkeys(p.call for p in pieces)), kwargs)
+    return _separate(output, batches)
+
+
+def _joined(name: str, values: list[Tree], batches: list[int], rules: RowRules) -> Tree:
+    if name in rules.shared or len(values) == 1:
+        return values[0]
+    return concatenate(values, batches, as_list=name in rules.lists)
+
+
+def _separate(output: Tree, batches: list[int]) -> list[Tree]:
+    total, start, parts = sum(batches), 0, []
+    for size in batches:
+        parts.append(take(output, tuple(range(start, start + size)), total, as_list=True) if len(batches) > 1 else output)
+        start += size
+    return parts
+
+
+def assemble(pieces: Sequence[Piece], outputs: Sequence[Tree]) -> Tree:
+    """The output of a whole call from those of its pieces, rows in their own order."""
+    if len(pieces) == 1:
+        return outputs[0]
+    joined = concatenate(list(outputs), [len(p.rows) for p in pieces], as_list=True)
+    order = [row for piece in pieces for row in piece.rows]
+    places = tuple(sorted(range(len(order)), key=order.__getitem__))
+    return take(joined, places, len(order), as_list=True)
+
+
+def agree(pieces: Sequence[Piece], rules: RowRules) -> bool:
+    """Whether one forward over the pieces gives what a forward for each gives: the check of untrusted rules.
+
+    The bound is on the relative norm: loose enough for bf16, far tighter than any wrong split.
+    """
+    try:
+        apart, together = [run([piece], rules)[0] for piece in pieces], run(pieces, rules)
+        return all(map(_close, apart, together))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return False  # a forward that cannot take the split arguments answers the question
+
+
+def _close(a: Tree, b: Tree) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.shape == b.shape and bool((a - b).float().norm() <= 0.03 * a.float().norm() + 1e-6)
+    if isinstance(a, dict):
+        return all(_close(a[k], b[k]) for k in a)
+    return all(map(_close, a, b)) if isinstance(a, list | tuple) else True
+
+
+# ------------------------------------------------------------------ dealing
+
+
+@dataclass(kw_only=True)
+class Placement:
+    """Which rank of the cfg axis a row lives on, for the life of its request: its caches are there.
+
+    A new row goes to the rank with the least work. Every rank computes the same placement from the same calls.
+    """
+
+    num_ranks: int
+    _rank: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    _cost: dict[tuple[str, int, int], int] = field(default_factory=dict)
+
+    def rank_of(self, call: Call, row: int) -> int:
+        key = (call.task_id, call.branch, row)
+        if key not in self._rank:
+            loads = [sum(c for k, c in self._cost.items() if self._rank[k] == r) for r in range(self.num_ranks)]
+            self._rank[key] = loads.index(min(loads))
+            self._cost[key] = cost(call)
+        return self._rank[key]
+
+    def release(self, task_id: str) -> None:
+        """Forget the rows of a finished request."""
+        for table in (self._rank, self._cost):
+            for key in [k for k in table if k[0] == task_id]:
+                del table[key]
+
+    def deal(self, call: Call, *, splittable: bool) -> dict[int, Piece]:
+        """Rank to piece. A call that cannot be split goes to the rank of its first row."""
+        batch = batch_size(call)
+        if not splittable or self.num_ranks == 1:
+            return {self.rank_of(call, 0): Piece(call=call, rows=tuple(range(batch)), batch=batch)}
+        rows: dict[int, list[int]] = {}
+        for row in range(batch):
+            rows.setdefault(self.rank_of(call, row), []).append(row)
+        return {rank: Piece(call=call, rows=tuple(r), batch=batch) for rank, r in sorted(rows.items())}
+
+
+def group(
+    pieces: Sequence[Piece],
+    rules: Callable[[Call], RowRules],
+    may_join: Callable[[Piece, Piece], bool],
+    max_rows: int,
+) -> list[list[Piece]]:
+    """Pieces that share a forward, at most `max_rows` rows of it.
+
+    Rows of one request alone are never joined: run in turn they give the bytes of the plain pipeline.
+    """
+    groups: list[tuple[Any, list[Piece]]] = []
+    for piece in pieces:
+        sign = signature(piece.call, rules(piece.call))
+        fits = (g for s, g in groups if s == sign and _rows(g) + len(piece.rows) <= max_rows and may_join(g[0], piece))
+        home = next(fits, None)
+        if home is None:
+            groups.append((sign, [piece]))
+        else:
+            home.append(piece)
+    return [part for _, g in groups for part in ([g] if _num_tasks(g) > 1 else [[piece] for piece in g])]
+
+
+def _rows(pieces: Sequence[Piece]) -> int:
+    return sum(len(piece.rows) for piece in pieces)
+
+
+def _num_tasks(pieces: Sequence[Piece]) -> int:
+    return len({piece.call.task_id for piece in pieces})

@@ -1,0 +1,134 @@
+"""Where tasks stop: traps on the methods of a pipeline's components, and the per-request copy of a pipeline.
+
+Modules stay in place; only the method is replaced, once, by a stand-in with the same signature that asks which task is
+running on this thread. Outside a task it calls what was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from denoised import hf
+from denoised.steps.current import current_task
+from denoised.steps.deferred import plain
+from denoised.steps.forward import Stage, Target
+from denoised.steps.task import Task
+
+DENOISERS = ("transformer", "transformer_2", "unet", "prior")
+# Modules that run after the last step; every other module that is no denoiser and no VAE prepares conditions.
+DECODERS = ("vocoder", "safety_checker", "decoder")
+
+
+def targets_of(components: dict[str, Any], denoisers: tuple[str, ...]) -> Iterator[Target]:
+    """The methods of a pipeline's components at which a task stops."""
+    for name, component in components.items():
+        if not isinstance(component, nn.Module):
+            continue
+        for method, stage in _methods(name, component, denoisers):
+            yield Target(name=name, method=method, stage=stage, function=getattr(component, method))
+
+
+def _methods(name: str, component: nn.Module, denoisers: tuple[str, ...]) -> list[tuple[str, Stage]]:
+    if name in denoisers:
+        return [("forward", Stage.DENOISE)]
+    if hasattr(component, "decode") and hasattr(component, "encode"):
+        return [("encode", Stage.ENCODE), ("decode", Stage.DECODE)]
+    stage = Stage.DECODE if name in DECODERS else Stage.ENCODE
+    methods = [("forward", stage)]
+    return [*methods, ("generate", stage)] if hasattr(component, "generate") else methods
+
+
+def install(component: nn.Module, target: Target) -> None:
+    """Replace one method by its trap. `inspect.signature` still sees the method's own signature."""
+
+    @functools.wraps(target.function)
+    def trapped(*args: Any, **kwargs: Any) -> Any:
+        task = current_task()
+        return target.function(*args, **kwargs) if task is None else task.trap(target, args, kwargs)
+
+    object.__setattr__(component, target.method, trapped)
+
+
+@functools.cache
+def stepped(scheduler_class: type) -> type:
+    """`scheduler_class` whose `step` waits for its arguments and tells the task. A subclass, so that deep copies
+    (which some pipelines make, one scheduler a modality) behave alike."""
+
+    @functools.wraps(scheduler_class.step)  # type: ignore[attr-defined]
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = scheduler_class.step(self, *plain(args), **plain(kwargs))  # type: ignore[attr-defined]
+        task = current_task()
+        if isinstance(task, Task):
+            task.new_step()
+            if (observe := self.__dict__.get("_observe_step")) is not None:
+                observe(args, kwargs, result)
+        return result
+
+    body = {"step": step, "__module__": scheduler_class.__module__, "__qualname__": scheduler_class.__qualname__}
+    return type(scheduler_class.__name__, (scheduler_class,), body)
+
+
+class StepObserver:
+    """Keeps each step's latents if asked to. One per request, shared by copies of its scheduler."""
+
+    def __init__(self) -> None:
+        self.latents: list[torch.Tensor] = []
+        self.timesteps: list[float] = []
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        latents = result[0] if isinstance(result, tuple) else result.prev_sample
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
+        self.latents.append(latents.detach().clone())
+        self.timesteps.append(float(plain(timestep)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepObserver:
+        return self
+
+
+class ProgressBar:
+    """Stands in for the pipeline's progress bar and reports `(step, total)`."""
+
+    def __init__(self, report: Callable[[int, int], None], total: int) -> None:
+        self._report, self.total, self.n = report, total, 0
+
+    def update(self, n: int = 1) -> None:
+        self.n += int(n)
+        self._report(self.n, self.total)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None  # set_postfix, refresh, close: drawing is the client's business
+
+
+def progress_bar(report: Callable[[int, int], None]) -> Callable[..., Any]:
+    """A replacement for `DiffusionPipeline.progress_bar`, in both of its forms."""
+
+    def counted(bar: ProgressBar, iterable: Any) -> Iterator[Any]:
+        for item in iterable:
+            yield item
+            bar.update()
+
+    def make(iterable: Any = None, total: int | None = None) -> Any:
+        bar = ProgressBar(report, total if total is not None else len(iterable))
+        return contextlib.nullcontext(bar) if iterable is None else counted(bar, iterable)
+
+    return make
+
+
+def request_copy(pipeline: Any, *, report: Callable[[int, int], None], observer: StepObserver | None) -> Any:
+    """A copy of `pipeline` for one request: modules shared, schedulers and other stateful components its own."""
+    own = copy.copy(pipeline)
+    for name, component in hf.stateful_components(pipeline).items():
+        duplicate = copy.deepcopy(component)
+        if hasattr(duplicate, "step") and hasattr(duplicate, "set_timesteps"):
+            duplicate.__class__ = stepped(type(duplicate))
+            duplicate.__dict__["_observe_step"] = observer
+        own.__dict__[name] = duplicate  # not setattr: that would rewrite the pipeline's own configuration
+    own.__dict__["progress_bar"] = progress_bar(report)
+    return own

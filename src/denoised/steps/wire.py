@@ -1,0 +1,164 @@
+"""What ranks say to each other in a tick: one fixed-size header, errors if there are any, and the predictions.
+
+Every rank calls the same methods in the same order. The header carries a digest of what the rank is about to
+exchange: ranks that do not agree stop at once (`DesyncError`) instead of waiting for each other for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from denoised.errors import EngineError
+
+Key = Any
+
+
+class DesyncError(EngineError):
+    """Ranks do not run the same program any more; the only way out is to start them again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What all ranks said: whether any had errors, and whether rank 0 has commands."""
+
+    errors: bool
+    commands: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The structure of an output: the tree with a number in place of each tensor, and shape and dtype of each."""
+
+    skeleton: Any
+    shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.shapes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """One output on its way: who computed it, and a key under which its layout is known from earlier ticks."""
+
+    rank: int
+    key: Key
+    layout_key: Key
+
+
+class Wire:
+    """Collectives over the ranks of one engine. `control` is a CPU group, `data` the group of the cfg axis."""
+
+    def __init__(self, *, control: dist.ProcessGroup, data: dist.ProcessGroup, device: torch.device) -> None:
+        self._control, self._data, self._device = control, data, device
+        self.rank, self.size = dist.get_rank(control), dist.get_world_size(control)
+        self._layouts: dict[Key, Layout] = {}
+        self.num_exchanges = 0
+
+    def header(self, *, digest: int, errors: bool, commands: bool) -> Header:
+        """Agree on what comes next.
+
+        Raises:
+            DesyncError: the digests differ.
+        """
+        mine = torch.tensor([digest, errors, commands], dtype=torch.int64)
+        table = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(table, mine, group=self._control)
+        if any(row[0] != mine[0] for row in table):
+            raise DesyncError(f"rank {self.rank}: ranks disagree about the next exchange")
+        return Header(errors=any(bool(row[1]) for row in table), commands=bool(table[0][2]))
+
+    def gather_objects(self, mine: Any) -> list[Any]:
+        """A small object from every rank."""
+        table: list[Any] = [None] * self.size
+        dist.all_gather_object(table, mine, group=self._control)
+        return table
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's object, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self._control, 0), group=self._control)
+        return box[0]
+
+    def exchange(self, parcels: list[Parcel], mine: dict[Key, Any]) -> dict[Key, Any]:
+        """Every rank's outputs, by key. `parcels` names all of them, in an order equal on all ranks."""
+        if not parcels:
+            return {}
+        flat = {key: _flatten(tree) for key, tree in mine.items()}
+        self._learn_layouts(parcels, flat)
+        sizes = [sum(self._layouts[p.layout_key].num_bytes for p in parcels if p.rank == r) for r in range(self.size)]
+        send = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
+        self._pack(send, [leaf for p in parcels if p.rank == self.rank for leaf in flat[p.key][0]])
+        received = [torch.empty_like(send) for _ in range(self.size)]
+        dist.all_gather(received, send, group=self._data)
+        self.num_exchanges += 1
+        return self._unpack(parcels, received) | mine
+
+    def _learn_layouts(self, parcels: list[Parcel], flat: dict[Key, tuple[list[Any], Any]]) -> None:
+        """Layouts not seen before travel once; all ranks know the same ones, so all see whether any is missing."""
+        if all(p.layout_key in self._layouts for p in parcels):
+            return
+        mine = {p.layout_key: _layout(*flat[p.key]) for p in parcels if p.rank == self.rank}
+        for table in self.gather_objects(mine):
+            self._layouts.update(table)
+
+    @staticmethod
+    def _pack(buffer: torch.Tensor, leaves: list[Any]) -> None:
+        start = 0
+        for leaf in leaves:
+            raw = leaf.detach().reshape(-1).contiguous().view(torch.uint8)
+            buffer[start : start + raw.numel()] = raw
+            start += raw.numel()
+
+    def _unpack(self, parcels: list[Parcel], received: list[torch.Tensor]) -> dict[Key, Any]:
+        offsets, result = [0] * self.size, {}
+        for parcel in parcels:
+            layout = self._layouts[parcel.layout_key]
+            if parcel.rank != self.rank:
+                result[parcel.key] = _tree(layout, received[parcel.rank], offsets[parcel.rank])
+            offsets[parcel.rank] += layout.num_bytes
+        return result
+
+
+def _flatten(tree: Any) -> tuple[list[torch.Tensor], Any]:
+    """The tensors of a tree in order, and the tree with their numbers in their places."""
+    leaves: list[torch.Tensor] = []
+
+    def number(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            leaves.append(value)
+            return len(leaves) - 1
+        if value is None:
+            return None
+        raise TypeError(f"a denoiser's output holds a {type(value).__name__}, which cannot travel between ranks")
+
+    return leaves, _mapped(tree, number)
+
+
+def _mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """`function` over the leaves of lists, tuples, dicts and model outputs."""
+    if type(tree) in (list, tuple):
+        return type(tree)(_mapped(item, function) for item in tree)
+    if isinstance(tree, dict):
+        items = {key: _mapped(item, function) for key, item in tree.items()}
+        return items if type(tree) is dict else type(tree)(**items)
+    return function(tree)
+
+
+def _layout(leaves: list[torch.Tensor], skeleton: Any) -> Layout:
+    return Layout(skeleton=skeleton, shapes=tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves))
+
+
+def _tree(layout: Layout, buffer: torch.Tensor, start: int) -> Any:
+    leaves = []
+    for shape, dtype in layout.shapes:
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        # A copy of its own: a view might start at a byte that the dtype is not aligned to.
+        leaves.append(buffer[start : start + num_bytes].clone().view(dtype).reshape(shape))
+        start += num_bytes
+    return _mapped(layout.skeleton, lambda number: None if number is None else leaves[number])
