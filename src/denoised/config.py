@@ -77,6 +77,7 @@ class EngineConfig:
     )
     num_threads: int | None = bounded(None, minimum=1, help="CPU threads of each rank; default: cores over ranks")
     deterministic: bool = bounded(False, help="never join rows of different requests: bytes do not depend on load")
+    plugins: tuple[str, ...] = bounded((), help="modules that every rank imports first: own pipelines and components")
     max_num_seqs: int = bounded(8, minimum=1, help="requests in flight at once; the rest wait")
     encoder_cache_mb: int = bounded(256, minimum=0, help="memory for encoded prompts and images; 0: off")
     max_pixels: int = bounded(4096 * 4096, minimum=1, help="largest height x width of a request")

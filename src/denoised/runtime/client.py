@@ -45,7 +45,6 @@ class Client:
         self._scratch: str | None = None
         self._config = self._transportable(config)
         self._torchrun = launch.torchrun_rank()
-        self._host: launch.Host | None = None
         self._inbox: queue.SimpleQueue[tuple[int, int, Event | None] | Callable[[], None]] = queue.SimpleQueue()
         self._pending: dict[str, Pending] = {}
         self._generation = 0
@@ -226,9 +225,7 @@ class Client:
         if self._config.parallel_config.world_size == 1:
             spec = launch.RankSpec(config=self._config, rank=0, local_rank=0, world_size=1, local_world_size=1)
             return launch.ThreadRank(spec, deliver)
-        if self._host is None or not self._host.alive:
-            self._host = launch.Host()
-        return self._host.fork(self._config, deliver)
+        return launch.shared_host().fork(self._config, deliver)
 
     def _transportable(self, config: EngineConfig) -> EngineConfig:
         """A pipeline object reaches ranks in other processes as a folder."""
@@ -245,8 +242,6 @@ class Client:
         if self._ranks is not None:
             self._ranks.join(timeout=10)
             self._ranks.kill()
-        if self._host is not None:
-            self._host.close()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 

@@ -7,6 +7,7 @@ rank is gone. A `Ranks` is used once: whoever wants ranks again starts new ones.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import queue
@@ -109,6 +110,7 @@ class Host:
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
         self._connection = self._accept()
         self._generation = 0
+        self._lock = threading.Lock()
 
     def _accept(self) -> PickleChannel:
         """The next connection; notices a host that ends instead of calling."""
@@ -126,6 +128,10 @@ class Host:
 
     def fork(self, config: EngineConfig, deliver: Deliver) -> ForkedRanks:
         """Start all ranks of `config`."""
+        with self._lock:
+            return self._fork(config, deliver)
+
+    def _fork(self, config: EngineConfig, deliver: Deliver) -> ForkedRanks:
         self._generation += 1
         rendezvous = f"file://{self._folder.name}/store-{self._generation}"
         world_size = config.parallel_config.world_size
@@ -139,6 +145,7 @@ class Host:
                     world_size=world_size,
                     local_world_size=world_size,
                     rendezvous=rendezvous,
+                    import_path=tuple(sys.path),
                 )
             )
             pids.append(self._connection.recv())
@@ -149,6 +156,7 @@ class Host:
         return ForkedRanks(pids=pids, channels=channels, deliver=deliver)
 
     def close(self) -> None:
+        """End the host, and with it all its ranks."""
         self._connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
@@ -157,6 +165,20 @@ class Host:
             self._process.wait()
         self._listener.close()
         self._folder.cleanup()
+
+
+_shared: Host | None = None
+_shared_lock = threading.Lock()
+
+
+def shared_host() -> Host:
+    """This process's host, started on first use and again if it died; ends with the process."""
+    global _shared
+    with _shared_lock:
+        if _shared is None or not _shared.alive:
+            _shared = Host()
+            atexit.register(_shared.close)
+        return _shared
 
 
 class ForkedRanks:

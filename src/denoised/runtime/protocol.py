@@ -43,7 +43,8 @@ Event = Progress | OmniRequestOutput | Ready | Failed
 
 @dataclass(frozen=True, kw_only=True)
 class RankSpec:
-    """One rank of one engine. `rendezvous` is the init method of its process group; None where there is one rank."""
+    """One rank of one engine. `rendezvous` is the init method of its process group; None where there is one rank;
+    `import_path` is where the client finds modules, for those that `config.plugins` names."""
 
     config: EngineConfig
     rank: int
@@ -51,6 +52,7 @@ class RankSpec:
     world_size: int
     local_world_size: int
     rendezvous: str | None = None
+    import_path: tuple[str, ...] = ()
 
 
 class Channel(Protocol):

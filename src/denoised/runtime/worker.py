@@ -7,6 +7,8 @@ same code.
 from __future__ import annotations
 
 import datetime
+import importlib
+import sys
 import time
 import traceback
 from typing import Any
@@ -17,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from denoised import env
 from denoised.config import EngineConfig
-from denoised.errors import DenoisedError, one_line
+from denoised.errors import DenoisedError, InvalidConfigError, one_line
 from denoised.runtime import denoiser, load, model_info
 from denoised.runtime.encoder_cache import EncoderCache
 from denoised.runtime.engine import Engine
@@ -50,6 +52,7 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
     """Join the group, load the model, build the engine, and say that this rank is ready."""
     started = time.perf_counter()
     env.keep_pages()
+    _import_plugins(spec)
     torch.set_num_threads(spec.config.num_threads or env.default_threads(spec.local_world_size))
     device = device_of(spec)
     wire = _connect(spec, device)
@@ -93,6 +96,16 @@ def _received(channel: Channel, timeout: float) -> list[Command]:
     while channel.poll(0.0 if commands else timeout):
         commands.append(channel.recv())
     return commands
+
+
+def _import_plugins(spec: RankSpec) -> None:
+    """Modules of the user that this rank needs before it loads: own pipeline classes, own components."""
+    sys.path.extend(path for path in spec.import_path if path not in sys.path)
+    for name in spec.config.plugins:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InvalidConfigError(f"plugins={name!r} cannot be imported: {one_line(error)}") from error
 
 
 def device_of(spec: RankSpec) -> str:

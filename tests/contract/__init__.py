@@ -1,0 +1,1 @@
+"""Contract tests: the engine gives what the plain diffusers pipeline gives, and shows that it acted."""

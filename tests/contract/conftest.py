@@ -1,0 +1,32 @@
+"""Collects which cell of the support table passed; `--support FILE` writes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.contract.support import MODELS, ORDER
+
+_results: dict[str, dict[str, str]] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report: Any = yield
+    marker = item.get_closest_marker("cell")
+    if marker and report.when == "call":
+        name = item.callspec.params["name"]  # type: ignore[attr-defined]
+        cell = marker.args[0].format(**item.callspec.params)  # type: ignore[attr-defined]
+        _results.setdefault(name, {})[cell] = "ok" if report.passed else "failed"
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--support")
+    if path and _results:
+        table = {MODELS[name]: _results[name] for name in ORDER if name in _results}
+        Path(path).write_text(json.dumps(table, indent=1) + "\n")
