@@ -106,10 +106,14 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One line of the table: `broken(config)` says that these settings cannot start; `message` names the way out."""
+    """One line of the table: `broken(config)` says that these settings cannot start; `message` names the way out.
+
+    absent: the field that this version does not act on yet, so that help texts can say so.
+    """
 
     broken: Callable[[EngineConfig], bool]
     message: str
+    absent: str | None = None
 
 
 def _absent(name: str, inert: tuple[Any, ...], way_out: str) -> Rule:
@@ -119,7 +123,8 @@ def _absent(name: str, inert: tuple[Any, ...], way_out: str) -> Rule:
     def value(config: EngineConfig) -> Any:
         return getattr(config.parallel_config if parallel else config, name)
 
-    return Rule(broken=lambda c: value(c) not in inert, message=f"{name} is not available in this version; {way_out}")
+    message = f"{name} is not available in this version; {way_out}"
+    return Rule(broken=lambda c: value(c) not in inert, message=message, absent=name)
 
 
 RULES: tuple[Rule, ...] = (

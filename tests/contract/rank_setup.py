@@ -2,4 +2,6 @@
 
 from tests.tiny import small_images
 
-small_images().__enter__()
+# Held for the life of the process: a context that nobody holds is left at once.
+CONTEXT = small_images()
+CONTEXT.__enter__()

@@ -65,6 +65,9 @@ class Client:
 
     def submit(self, request: Request, listener: Listener) -> None:
         """Queue a request; `listener` gets its progress and, last, its output."""
+        if self._closed:
+            listener(_error(request, "the engine is closed."))
+            return
         self._inbox.put(lambda: self._submit(request, listener))
 
     def abort(self, request_id: str) -> None:
@@ -97,8 +100,8 @@ class Client:
                 self._handle(item[1], item[2])
 
     def _submit(self, request: Request, listener: Listener) -> None:
-        if self._broken or self._closed:
-            listener(_error(request, self._broken or "the engine is closed."))
+        if self._broken:
+            listener(_error(request, self._broken))
             return
         self._pending[request.request_id] = Pending(request=request, listener=listener)
         self._scheduler.add(request.request_id)

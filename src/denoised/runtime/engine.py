@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from denoised.errors import InvalidRequestError, RequestAbortedError, one_line
-from denoised.features.guidance import Guidance, Outcome
+from denoised.features.guidance import Guidance, Outcome, Work
 from denoised.request import OmniRequestOutput, Progress, RankWork, Receipt, Request
 from denoised.runtime import memory, program
 from denoised.runtime.encoder_cache import EncoderCache
@@ -70,13 +70,14 @@ class Engine:
         self._pipeline, self._spec, self._info, self._axes = pipeline, spec, info, axes
         self._guidance, self._cache, self._wire = guidance, cache, wire
         self._in_flight: dict[str, InFlight] = {}
+        self._ended: list[InFlight] = []
         self._arities: dict[str, int] = {}
         self._events: list[EngineEvent] = []
         self.stopped = False
 
     @property
     def idle(self) -> bool:
-        return not self._in_flight
+        return not self._in_flight and not self._ended
 
     def tick(self, commands: Callable[[], list[Command]]) -> list[EngineEvent]:
         """One round for every request in flight. `commands` is asked once, on rank 0."""
@@ -87,6 +88,7 @@ class Engine:
         started = time.perf_counter()
         outcome = self._guidance.run(denoise)
         orders = self._agree(calls, errors, outcome, commands)
+        self._finish()
         values |= self._guidance.finish(denoise, outcome, self._wire)
         self._charge(denoise, time.perf_counter() - started)
         self._resolve(calls, values, errors, outcome)
@@ -133,7 +135,8 @@ class Engine:
         if self._wire is None:
             return commands()
         orders = commands() if self._wire.rank == 0 else []
-        digest = zlib.crc32(repr(([_name(c) for c in calls], [(r, p.key) for r, p in outcome.pieces])).encode())
+        plan = ([_name(c) for c in calls], [(r, p.key) for r, p in outcome.pieces], [_end(f) for f in self._ended])
+        digest = zlib.crc32(repr(plan).encode())
         header = self._wire.header(digest=digest, errors=bool(errors or outcome.errors), commands=bool(orders))
         if header.errors:
             for other_errors, other_pieces in self._wire.gather_objects((errors, outcome.errors)):
@@ -164,7 +167,7 @@ class Engine:
                 self._events.append(progress)
         for flight in flights:
             if flight.task.done:
-                self._finish(flight)
+                self._ended.append(self._in_flight.pop(flight.task.task_id))
 
     # ---- commands
 
@@ -201,19 +204,25 @@ class Engine:
 
     # ---- results
 
-    def _finish(self, flight: InFlight) -> None:
-        del self._in_flight[flight.task.task_id]
-        work = self._guidance.release(flight.task.task_id)
-        everyone = self._wire.gather_objects(work) if self._wire is not None else [work]
-        if flight.task.error is not None:
-            self._events.append(_failed(flight.request, flight.task.error))
+    def _finish(self) -> None:
+        """Outputs of the requests that ended in the last tick, now that all ranks agree that they did."""
+        if not self._ended:
             return
-        try:
-            self._events.append(self._output(flight, everyone))
-        except Exception as error:
-            self._events.append(_failed(flight.request, error))
+        ended, self._ended = self._ended, []
+        work = [self._guidance.release(flight.task.task_id) for flight in ended]
+        everyone = self._wire.gather_objects(work) if self._wire is not None else [work]
+        for position, flight in enumerate(ended):
+            self._events.append(self._result(flight, [ranks[position] for ranks in everyone]))
 
-    def _output(self, flight: InFlight, work: list[Any]) -> OmniRequestOutput:
+    def _result(self, flight: InFlight, work: list[Work]) -> OmniRequestOutput:
+        if flight.task.error is not None:
+            return _failed(flight.request, flight.task.error)
+        try:
+            return self._output(flight, work)
+        except Exception as error:
+            return _failed(flight.request, error)
+
+    def _output(self, flight: InFlight, work: list[Work]) -> OmniRequestOutput:
         params, observer = flight.request.params, flight.observer
         media = program.media(flight.task.value, params, self._info)
         receipt = self._receipt(flight, work)
@@ -233,7 +242,7 @@ class Engine:
             receipt=receipt,
         )
 
-    def _receipt(self, flight: InFlight, work: list[Any]) -> Receipt:
+    def _receipt(self, flight: InFlight, work: list[Work]) -> Receipt:
         return Receipt(
             model=self._info.model,
             pipeline=self._info.pipeline,
@@ -257,6 +266,10 @@ class Engine:
 
 def _name(call: Call) -> tuple[str, str, str, int]:
     return (call.task_id, call.target.name, call.target.method, call.branch)
+
+
+def _end(flight: InFlight) -> tuple[str, bool]:
+    return (flight.task.task_id, flight.task.error is None)
 
 
 def _failed(request: Request, error: Exception) -> OmniRequestOutput:

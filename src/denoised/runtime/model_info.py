@@ -41,6 +41,7 @@ class ModelInfo:
     needs_image: bool = False
     declared: bool = True
     exclusive: bool = False
+    sample_rate: int | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def defaults_for(self, prompt: PromptDict) -> dict[str, Any]:
@@ -66,8 +67,18 @@ def describe(pipeline: Any, spec: ModelSpec, *, model: str, device: str, dtype: 
         exclusive=spec.exclusive,
         device=device,
         dtype=dtype,
+        sample_rate=_sample_rate(pipeline),
         defaults={**spec.defaults, **defaults},
     )
+
+
+def _sample_rate(pipeline: Any) -> int | None:
+    """Samples a second of the sound that it makes, if any."""
+    for part, name in (("vocoder", "output_sampling_rate"), ("vae", "sampling_rate")):
+        rate = getattr(getattr(getattr(pipeline, part, None), "config", None), name, None)
+        if rate is not None:
+            return int(rate)
+    return None
 
 
 def _size_multiple(pipeline: Any) -> int:

@@ -35,17 +35,17 @@ PATIENCE = datetime.timedelta(hours=1)
 
 def run_rank(spec: RankSpec, channel: Channel) -> None:
     """Serve until told to stop or until the channel closes. Errors go out as `Failed`."""
+    owns_group = spec.world_size > 1 and not dist.is_initialized()
     try:
         engine = start(spec, channel)
-        serve(engine, channel, is_first=spec.rank == 0)
+        serve(engine, channel, speaks=spec.rank == 0 or spec.rendezvous == "env://")
+        if owns_group:  # only after an orderly end: with a peer gone, this would wait for it
+            dist.destroy_process_group()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the client is gone
     except Exception as error:
         by_user = isinstance(error, DenoisedError)
         _tell(channel, Failed(error=str(error) if by_user else _with_place(error), by_user=by_user))
-    finally:
-        if dist.is_initialized() and spec.rendezvous not in (None, "env://"):
-            dist.destroy_process_group()
 
 
 def start(spec: RankSpec, channel: Channel) -> Engine:
@@ -79,15 +79,19 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
     )
 
 
-def serve(engine: Engine, channel: Channel, *, is_first: bool) -> None:
-    """Tick until stopped. On rank 0 an idle engine sleeps in its channel; the others sleep in the header exchange."""
+def serve(engine: Engine, channel: Channel, *, speaks: bool) -> None:
+    """Tick until stopped. On rank 0 an idle engine sleeps in its channel; the others sleep in the header exchange.
+
+    All ranks have all outputs. `speaks` says whether this one hands them on: rank 0, and under torchrun every rank,
+    since each has its own copy of the user's program.
+    """
 
     def commands() -> list[Command]:
         return _received(channel, timeout=HEARTBEAT if engine.idle else 0.0)
 
     while not engine.stopped:
         for event in engine.tick(commands):
-            if is_first:
+            if speaks:
                 channel.send(event)
 
 

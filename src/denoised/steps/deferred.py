@@ -91,7 +91,7 @@ class Deferred:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if _changes_state(name) or "out" in (kwargs or {}):
+        if _changes_state(name) or (kwargs or {}).get("out") is not None:
             return func(*plain(args), **plain(kwargs or {}))
         return record(func, args, kwargs or {}, _arity_of(name, args, kwargs or {}))
 
