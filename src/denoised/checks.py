@@ -68,7 +68,17 @@ def _problem(value: Any, allowed: tuple[type, ...] | None, metadata: Any) -> str
     choices = metadata.get("choices")
     if choices and value not in choices:
         return f"must be one of {', '.join(choices)}"
+    if isinstance(value, list):
+        return _bad_numbers(value)
     return _out_of_range(value, metadata.get("minimum"), metadata.get("maximum"))
+
+
+def _bad_numbers(values: list[Any]) -> str | None:
+    """Lists are schedules: numbers, at least one of them."""
+    if not values:
+        return "must hold at least one number"
+    problems = (_out_of_range(v, None, None) if _is_a(v, (int, float)) else "must hold numbers" for v in values)
+    return next(filter(None, problems), None)
 
 
 def _is_a(value: Any, allowed: tuple[type, ...]) -> bool:
@@ -83,9 +93,9 @@ def _out_of_range(value: Any, minimum: float | None, maximum: float | None) -> s
     if not math.isfinite(value):
         return "must be a finite number"
     if minimum is not None and value < minimum:
-        return f"must be at least {minimum:g}"
+        return f"must be at least {minimum}"
     if maximum is not None and value > maximum:
-        return f"must be at most {maximum:g}"
+        return f"must be at most {maximum}"
     return None
 
 

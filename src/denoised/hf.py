@@ -44,3 +44,8 @@ def quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def subclasses(cls: type) -> list[type]:
+    """All classes below `cls` that are imported by now."""
+    return [below for child in cls.__subclasses__() for below in (child, *subclasses(child))]

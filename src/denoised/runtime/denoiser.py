@@ -44,7 +44,9 @@ def build(pipeline: Any, spec: ModelSpec, config: EngineConfig, *, rank: int, nu
 
 def row_rules(spec: ModelSpec) -> RowRules:
     """What the spec says about rows, in the words of `steps`."""
-    return RowRules(shared=spec.shared, lists=spec.row_lists, whole=spec.whole_calls, trusted=spec.declared)
+    return RowRules(
+        shared=spec.shared, lists=spec.row_lists, padded=spec.padded, whole=spec.whole_calls, trusted=spec.declared
+    )
 
 
 def trap(pipeline: Any, spec: ModelSpec) -> None:

@@ -14,6 +14,8 @@ from denoised.config import EngineConfig
 from denoised.errors import ModelError, one_line
 
 BUILTIN = {"shapes": Path(__file__).parent.parent / "models" / "shapes"}
+# How the names of component classes end that have a configuration and no weights.
+WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "Extractor", "Scheduler", "Guidance")
 # Sampling parameters of built-in models, which were trained for one size.
 BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
     "shapes": {"height": 128, "width": 128, "num_inference_steps": 20, "true_cfg_scale": 4.0}
@@ -43,20 +45,24 @@ def _checked(folder: Path) -> Path:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(f"{folder} has no model_index.json; give a folder in diffusers layout.")
-    names = [name for name, value in _read_json(index).items() if isinstance(value, list) and value[:1] != [None]]
-    for name in names:
-        _check_component(folder / name)
+    for name, value in _read_json(index).items():
+        # A component is [library, class]; other lists are settings.
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+            _check_component(folder / name, class_name=value[1])
     return folder
 
 
-def _check_component(folder: Path) -> None:
+def _check_component(folder: Path, class_name: str) -> None:
     if not folder.is_dir():
         raise ModelError(f"{folder.parent} lacks the component {folder.name!r} that its model_index.json names.")
     for index in folder.glob("*.safetensors.index.json"):
         for shard in sorted(set(_read_json(index).get("weight_map", {}).values())):
             if not (folder / shard).is_file():
                 raise ModelError(f"{folder / shard} is missing, though {index.name} names it; download it again.")
-    for file in folder.glob("*.safetensors"):
+    files = list(folder.glob("*.safetensors"))
+    if not files and (folder / "config.json").is_file() and not class_name.endswith(WITHOUT_WEIGHTS):
+        raise ModelError(f"{folder} holds no weights in safetensors, and no others are read; download or convert them.")
+    for file in files:
         read_header(file)
 
 
@@ -65,7 +71,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is no readable JSON ({one_line(error)}).") from error
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds no JSON object; download it again.")
+    return value
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -100,7 +108,6 @@ def load(config: EngineConfig, *, device: str) -> Any:
         ModelError: it cannot be loaded, with the reason in one sentence.
     """
     import torch
-    from diffusers import DiffusionPipeline
 
     hf.quiet()
     if not isinstance(config.model, str | Path):
@@ -108,17 +115,36 @@ def load(config: EngineConfig, *, device: str) -> Any:
     source = locate(str(config.model))
     dtype = "auto" if dtype_name(config, device) == "auto" else getattr(torch, dtype_name(config, device))
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline = _pipeline_class(source).from_pretrained(
             source,
             dtype=None if dtype == "auto" else dtype,
             use_safetensors=True,
             local_files_only=isinstance(source, Path),
         )
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"model {str(config.model)!r} cannot be loaded: {one_line(error)}") from error
     if isinstance(source, Path):
         _check_complete(pipeline, source)
     return _configured(pipeline.to(device), config)
+
+
+def _pipeline_class(source: str | Path) -> Any:
+    """diffusers' own loader, or the class of a plugin that a local model_index.json names."""
+    import diffusers
+
+    if isinstance(source, Path):
+        name = _read_json(source / "model_index.json").get("_class_name")
+        if isinstance(name, str) and not hasattr(diffusers, name):
+            own = {cls.__name__: cls for cls in hf.subclasses(diffusers.DiffusionPipeline)}
+            if name not in own:
+                raise ModelError(
+                    f"{source} is a {name}, which diffusers {diffusers.__version__} does not have; name the module that "
+                    "defines it in plugins."
+                )
+            return own[name]
+    return diffusers.DiffusionPipeline
 
 
 def dtype_name(config: EngineConfig, device: str) -> str:

@@ -21,6 +21,7 @@ class ModelSpec:
     denoisers: components whose calls are dealt as rows.
     shared: denoiser arguments that are the same for all rows, whatever their shape.
     row_lists: denoiser arguments that are lists with one entry a row.
+    padded: text arguments of the denoiser that may be padded, with the name of their mask.
     whole_calls: a denoiser call cannot be split into rows.
     defer: False if the pipeline changes tensors in place between a denoiser call and its use.
     exclusive: the pipeline changes shared modules, so a request runs alone.
@@ -34,6 +35,7 @@ class ModelSpec:
     denoisers: tuple[str, ...] = ("transformer", "transformer_2", "unet", "prior")
     shared: frozenset[str] = frozenset()
     row_lists: frozenset[str] = frozenset()
+    padded: dict[str, str] = field(default_factory=dict)
     whole_calls: bool = False
     defer: bool = True
     exclusive: bool = False

@@ -70,6 +70,11 @@ class Deferred:
         """The Deferred of a call's own result."""
         return cls(source.get, (), {}, source.arity)
 
+    @property
+    def is_call_result(self) -> bool:
+        """Whether this is what a call returned, a model output or tuple, and not something computed from it."""
+        return isinstance(getattr(self._fn, "__self__", None), Source)
+
     def force(self) -> Any:
         """The value; stops the task until the calls it depends on are computed."""
         if not self._ready:

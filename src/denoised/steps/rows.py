@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from denoised.steps.forward import Call, run_joined
 
@@ -24,12 +25,15 @@ class RowRules:
 
     shared: arguments that are the same for all rows, whatever their shape says.
     lists: arguments that are lists with one entry a row.
+    padded: text arguments [rows, tokens, ...] that may be padded at the end, and the name of their mask [rows, tokens],
+        which may be None: rows with texts of different lengths can then share a forward.
     whole: the call cannot be split or joined (packed sequences).
     trusted: False makes the engine compare a split forward with a whole one before it relies on it.
     """
 
     shared: frozenset[str] = frozenset()
     lists: frozenset[str] = frozenset()
+    padded: dict[str, str] = field(default_factory=dict)
     whole: bool = False
     trusted: bool = True
 
@@ -152,14 +156,19 @@ def _shared_leaves(value: Tree, batch: int, *, as_list: bool = False) -> Iterabl
 
 def signature(call: Call, rules: RowRules) -> Any:
     """Calls of equal signature may share a forward if their shared tensors are equal too."""
-    batch, named = batch_size(call), call.named_arguments()
-    arguments = tuple(
-        (name, "shared", _shape_signature(value, -1))
-        if name in rules.shared
-        else (name, _shape_signature(value, batch, as_list=name in rules.lists))
-        for name, value in sorted(named.items())
-    )
+    named = sorted(call.named_arguments().items())
+    arguments = tuple((name, _argument_signature(name, value, batch_size(call), rules)) for name, value in named)
     return (call.target.name, call.ambient, arguments)
+
+
+def _argument_signature(name: str, value: Tree, batch: int, rules: RowRules) -> Any:
+    if name in rules.shared:
+        return ("shared", _shape_signature(value, -1))
+    if name in rules.padded and isinstance(value, torch.Tensor):
+        return ("padded", value.shape[2:], value.dtype)
+    if name in rules.padded.values():
+        return ("mask",)
+    return _shape_signature(value, batch, as_list=name in rules.lists)
 
 
 def shares_tensors(a: Call, b: Call, rules: RowRules) -> bool:
@@ -170,6 +179,8 @@ def shares_tensors(a: Call, b: Call, rules: RowRules) -> bool:
 def _shared(call: Call, rules: RowRules) -> list[torch.Tensor]:
     batch, leaves = batch_size(call), []
     for name, value in sorted(call.named_arguments().items()):
+        if name in rules.padded or name in rules.padded.values():
+            continue
         leaves += _shared_leaves(value, -1 if name in rules.shared else batch, as_list=name in rules.lists)
     return leaves
 
@@ -188,6 +199,8 @@ def run(pieces: Sequence[Piece], rules: RowRules) -> list[Tree]:
         return [pieces[0].call.run()]
     batches = [len(piece.rows) for piece in pieces]
     parts = [arguments(piece, rules) for piece in pieces]
+    if len(parts) > 1:
+        parts = _equal_lengths(parts, batches, rules)
     kwargs = {name: _joined(name, [p[name] for p in parts], batches, rules) for name in parts[0]}
     output = run_joined(tuple(dict.fromkeys(p.call for p in pieces)), kwargs)
     return _separate(output, batches)
@@ -197,6 +210,23 @@ def _joined(name: str, values: list[Tree], batches: list[int], rules: RowRules) 
     if name in rules.shared or len(values) == 1:
         return values[0]
     return concatenate(values, batches, as_list=name in rules.lists)
+
+
+def _equal_lengths(parts: list[dict[str, Any]], batches: list[int], rules: RowRules) -> list[dict[str, Any]]:
+    """Texts padded to the longest, with a mask that leaves the padding out; as they are if all have one length."""
+    for text, mask in rules.padded.items():
+        lengths = [p[text].shape[1] for p in parts]
+        if len(set(lengths)) > 1 or any(p.get(mask) is not None for p in parts):
+            parts = [_padded(p, text, mask, max(lengths)) for p in parts]
+    return parts
+
+
+def _padded(part: dict[str, Any], text: str, mask: str, length: int) -> dict[str, Any]:
+    value, given = part[text], part.get(mask)
+    missing = length - value.shape[1]
+    seen = value.new_ones(value.shape[:2], dtype=torch.bool) if given is None else given.bool()
+    empty = (0, 0) * (value.dim() - 2)
+    return part | {text: F.pad(value, (*empty, 0, missing)), mask: F.pad(seen, (0, missing))}
 
 
 def _separate(output: Tree, batches: list[int]) -> list[Tree]:

@@ -1,0 +1,103 @@
+"""Guidance in all its shapes: tuples, many branches, a user's own pipeline, guided beside unguided requests."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from denoised import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams
+from tests.contract import own_pipeline
+from tests.contract.support import as_omni, difference, engine, media, plain, reference, request_of, seed_of, tensors
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_own_pipeline_with_tuple_predictions(tmp_path: Path, ranks: int) -> None:
+    """Branch i of n runs on one of the ranks, whatever n is; video and audio come back whole."""
+    folder = own_pipeline.save(tmp_path / "model")
+    cases = [(1, False), (2, True), (3, True), (4, False)]
+    with Omni(
+        folder,
+        parallel_config=DiffusionParallelConfig(cfg_parallel_size=ranks),
+        plugins=("tests.contract.own_pipeline",),
+        num_threads=1,
+        deterministic=True,
+    ) as omni:
+        for branches, normalize in cases:
+            extra = {"num_branches": branches, "cfg_normalize": normalize}
+            alone = own_pipeline.build()
+            alone.set_progress_bar_config(disable=True)
+            expected = alone(**extra, generator=torch.Generator().manual_seed(3))[0]
+            (output,) = omni.generate(
+                [{}], OmniDiffusionSamplingParams(seed=3, extra_args=extra), use_tqdm=False
+            )
+            assert difference(tensors(expected), media(output)) == 0
+            assert output.receipt is not None
+            forwards = [work.forwards for work in output.receipt.ranks]
+            assert sum(forwards) == 4 * branches
+            assert max(forwards) - min(forwards) <= 4, "branches are dealt evenly"
+
+
+def test_own_pipeline_without_its_plugin_is_refused(tmp_path: Path) -> None:
+    """In a process that does not know the class: a rank."""
+    folder = own_pipeline.save(tmp_path / "model")
+    with pytest.raises(Exception, match="plugins"):
+        Omni(folder, parallel_config=DiffusionParallelConfig(cfg_parallel_size=2))
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "sd3"])
+def test_guided_and_unguided_requests_together(name: str) -> None:
+    """One request with two branches and two with one, on two ranks: no row is computed twice, no rank is idle."""
+    with engine(name, ranks=2, deterministic=True) as omni:
+        requests = [
+            as_omni(request_of(name, i, unguided), seed_of(i), "latent") for i, unguided in ((0, False), (1, True), (0, True))
+        ]
+        outputs = omni.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
+    for (i, unguided), output in zip(((0, False), (1, True), (0, True)), outputs, strict=True):
+        assert difference(reference(name, i, "latent", unguided), media(output)) <= 1e-5
+    rows = [sum(o.receipt.ranks[r].rows for o in outputs if o.receipt) for r in range(2)]
+    assert min(rows) > 0
+    expected = sum(o.receipt.steps * n for o, n in zip(outputs, (2, 1, 1), strict=True) if o.receipt)
+    assert sum(rows) == expected, "every row is computed once"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_several_images_of_a_prompt(ranks: int) -> None:
+    """num_outputs_per_prompt: images are rows like any other."""
+    request = {**request_of("qwen_image", 0), "num_images_per_prompt": 3}
+    prompt, params = as_omni(request_of("qwen_image", 0), 5, "latent")
+    with engine("qwen_image", ranks=ranks, deterministic=True) as omni:
+        params = dataclasses.replace(params, num_outputs_per_prompt=3)
+        (output,) = omni.generate([prompt], params, use_tqdm=False)
+    expected = plain("qwen_image", request, 5, "latent")
+    assert media(output)[0].shape[0] == 3
+    assert difference(expected, media(output)) <= (0 if ranks == 1 else 1e-5)
+
+
+def test_bfloat16_on_two_ranks_equals_one_for_separate_calls() -> None:
+    """One call a branch: the same forward on another rank, so equal in bf16 too. (A split batch would not be.)"""
+    prompt, params = as_omni(request_of("qwen_image", 0), 5, "latent")
+    results = []
+    for ranks in (1, 2):
+        with engine("qwen_image", ranks=ranks, dtype="bfloat16") as omni:
+            (output,) = omni.generate([prompt], params, use_tqdm=False)
+            results.append(media(output))
+            assert output.receipt is not None
+            assert output.receipt.dtype == "bfloat16"
+    assert difference(*results) == 0
+
+
+def test_texts_of_different_lengths_join_by_padding() -> None:
+    """Two prompts and two negative prompts, none of one length: one forward a step for all four rows."""
+    requests = [as_omni(request_of("qwen_image", i), seed_of(i), "latent") for i in (0, 1)]
+    with engine("qwen_image") as omni:
+        outputs = omni.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
+    for i, output in enumerate(outputs):
+        assert difference(reference("qwen_image", i, "latent"), media(output)) <= 1e-5
+        assert output.receipt is not None
+        assert output.receipt.rows_joined > 0
+    shared = outputs[1].receipt
+    assert shared is not None
+    assert shared.ranks[0].forwards == shared.steps, "both branches of both requests in one forward"
