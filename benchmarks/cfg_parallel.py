@@ -27,7 +27,12 @@ def main() -> None:
     parameters, folder = num_parameters(pipeline.transformer), saved(pipeline)
     del pipeline
     params = OmniDiffusionSamplingParams(
-        height=args.size, width=args.size, num_inference_steps=args.steps, true_cfg_scale=4.0, seed=0, output_type="latent"
+        height=args.size,
+        width=args.size,
+        num_inference_steps=args.steps,
+        true_cfg_scale=4.0,
+        seed=0,
+        output_type="latent",
     )
     steps: dict[str, list[float]] = {"one": [], "two": []}
     latents = {}

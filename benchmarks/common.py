@@ -14,10 +14,10 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from rich.console import Console
 from rich.table import Table
+from tests.tiny import ROWS
 
 from denoised import Omni, OmniDiffusionSamplingParams, OmniRequestOutput
 from denoised.request import Progress
-from tests.tiny import ROWS
 
 PROMPT = {"prompt": "a cat sits on the table", "negative_prompt": "two red birds over a lake"}
 

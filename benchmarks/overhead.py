@@ -27,7 +27,10 @@ def main() -> None:
     pipeline = qwen_image(layers=4, heads=8, dtype=torch.float32)
     folder = saved(pipeline)
     torch.set_num_threads(1)
-    with Omni(folder, num_threads=1) as joined, Omni(folder, num_threads=1, max_num_seqs=1, encoder_cache_mb=0) as alone:
+    with (
+        Omni(folder, num_threads=1) as joined,
+        Omni(folder, num_threads=1, max_num_seqs=1, encoder_cache_mb=0) as alone,
+    ):
 
         def plain(size: int = 256, count: int = 1) -> float:
             started = time.perf_counter()
@@ -51,7 +54,9 @@ def main() -> None:
             return time.perf_counter() - started
 
         engine(joined), engine(alone), plain()  # warm up
-        one = interleaved({"plain": plain, "engine": lambda: engine(alone), "reuse": lambda: engine(joined)}, args.rounds)
+        one = interleaved(
+            {"plain": plain, "engine": lambda: engine(alone), "reuse": lambda: engine(joined)}, args.rounds
+        )
         eight = interleaved(
             {
                 "plain": lambda: plain(64, 8),

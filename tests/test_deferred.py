@@ -92,7 +92,11 @@ def test_error_of_the_call_is_raised_where_the_value_is_looked_at() -> None:
 def test_numpy_scalars_and_real_tensors_on_the_left() -> None:
     clock = Clock()
     value = torch.arange(3.0)
-    results = [np.float64(2.0) * clock.call(value), torch.ones(3) - clock.call(value), torch.cat([value, clock.call(value)])]
+    results = [
+        np.float64(2.0) * clock.call(value),
+        torch.ones(3) - clock.call(value),
+        torch.cat([value, clock.call(value)]),
+    ]
     assert clock.waits == 0
     assert plain(results[0]).tolist() == [0.0, 2.0, 4.0]
     assert plain(results[1]).tolist() == [1.0, 0.0, -1.0]

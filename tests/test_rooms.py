@@ -65,9 +65,8 @@ def test_features_do_not_import_each_other() -> None:
         assert not [parts for parts in ours(file) if parts[0] == "features" and parts[1:2] != [file.stem]], file
 
 
-PRIVATE = re.compile(
-    r"(?:from|import)\s+(?:diffusers|transformers)\S*\._\w|from (?:diffusers|transformers)\S* import .*\b_\w"
-)
+LIBRARY = r"(?:diffusers|transformers)\S*"
+PRIVATE = re.compile(rf"(?:from|import)\s+{LIBRARY}\._\w|from {LIBRARY} import .*\b_\w")
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.name != "hf.py"], ids=lambda f: str(f.relative_to(ROOT)))

@@ -16,7 +16,8 @@ import os, sys, torch
 from denoised import DiffusionParallelConfig, Omni
 from tests.contract.support import as_omni, request_of, seed_of, media
 
-with Omni(sys.argv[1], parallel_config=DiffusionParallelConfig(cfg_parallel_size=int(sys.argv[3])), num_threads=1) as omni:
+parallel = DiffusionParallelConfig(cfg_parallel_size=int(sys.argv[3]))
+with Omni(sys.argv[1], parallel_config=parallel, num_threads=1) as omni:
     prompt, params = as_omni(request_of("qwen_image", 0), seed_of(0), "latent")
     for _ in range(2):
         (output,) = omni.generate(prompt, params, use_tqdm=False)
@@ -31,7 +32,9 @@ def torchrun(tmp_path: Path, cfg_parallel_size: int) -> subprocess.CompletedProc
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     arguments = [folder("qwen_image"), str(tmp_path / "out"), str(cfg_parallel_size)]
-    return subprocess.run(command + arguments, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(
+        command + arguments, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
 
 
 def test_both_ranks_get_the_output(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import math
 import types
 import typing
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 from denoised.errors import InvalidConfigError
@@ -43,7 +42,6 @@ def check_fields(instance: Any, error: type[Exception] = InvalidConfigError) -> 
             raise error(f"{field.name}={getattr(instance, field.name)!r:.80}: {problem}.")
 
 
-@cache
 def _hints(cls: type) -> dict[str, Any]:
     return {name: _plain_types(hint) for name, hint in typing.get_type_hints(cls).items()}
 

@@ -35,7 +35,7 @@ def default_threads(local_ranks: int) -> int:
 
 
 def num_accelerators() -> int | None:
-    """CUDA devices that this process may use, or None on a machine without; asks the driver, without importing torch."""
+    """CUDA devices that this process may use, or None where there is none; asks the driver, without torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         cuda = ctypes.CDLL("libcuda.so.1")

@@ -48,4 +48,5 @@ def quiet() -> None:
 
 def subclasses(cls: type) -> list[type]:
     """All classes below `cls` that are imported by now."""
-    return [below for child in cls.__subclasses__() for below in (child, *subclasses(child))]
+    children: list[type] = cls.__subclasses__()
+    return children + [below for child in children for below in subclasses(child)]

@@ -6,7 +6,7 @@ Nothing here knows how a request is run, and nothing imports torch: the server a
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from denoised.checks import bounded, check_fields, unknown_names
 from denoised.errors import InvalidRequestError
@@ -93,7 +93,9 @@ class OmniDiffusionSamplingParams:
         problem = unknown_names(defaults, (f.name for f in fields(self)), "default_sampling_params")
         if problem:
             raise InvalidRequestError(problem)
-        unset = {f.name: f.default for f in fields(self) if f.default is None or isinstance(f.default, bool | int | str)}
+        unset = {
+            f.name: f.default for f in fields(self) if f.default is None or isinstance(f.default, bool | int | str)
+        }
         missing = {k: v for k, v in defaults.items() if getattr(self, k) == unset.get(k, {})}
         return replace(self, **missing)
 
@@ -205,6 +207,6 @@ def as_prompt(prompt: Any) -> PromptDict:
     if problem:
         raise InvalidRequestError(problem)
     for key in ("prompt", "negative_prompt"):
-        if prompt.get(key) is not None and not isinstance(prompt[key], str):  # type: ignore[literal-required]
-            raise InvalidRequestError(f"{key} must be a string, not {type(prompt[key]).__name__}.")  # type: ignore[literal-required]
-    return prompt  # type: ignore[return-value]
+        if not isinstance(prompt.get(key), str | None):
+            raise InvalidRequestError(f"{key} must be a string, not {type(prompt[key]).__name__}.")
+    return cast(PromptDict, prompt)

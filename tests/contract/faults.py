@@ -1,6 +1,6 @@
 """A plugin for ranks: rank 1 fails, alone, for pictures of certain heights. Real errors in real places.
 
-    16: its denoiser raises.      32: its VAE raises.      80: the pipeline's own code raises.      96: the rank dies.
+16: its denoiser raises.      32: its VAE raises.      80: the pipeline's own code raises.      96: the rank dies.
 """
 
 from __future__ import annotations

@@ -27,7 +27,11 @@ class TwoStreams(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.video, self.audio = nn.Linear(channels, channels), nn.Linear(channels, channels)
 
     def forward(
-        self, hidden_states: torch.Tensor, audio_hidden_states: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        audio_hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shift = text.mean(1, keepdim=True) * timestep[:, None, None] / 1000
         video, audio = self.video(hidden_states + shift), self.audio(audio_hidden_states - shift)

@@ -118,7 +118,9 @@ def as_omni(request: Request, seed: int, output_type: str) -> tuple[PromptDict, 
     return prompt, OmniDiffusionSamplingParams(seed=seed, output_type=output_type, extra_args=rest, **known)
 
 
-def ask(omni: Omni, name: str, indexes: list[int], output_type: str, unguided: bool = False) -> list[OmniRequestOutput]:
+def ask(
+    omni: Omni, name: str, indexes: list[int], output_type: str, unguided: bool = False
+) -> list[OmniRequestOutput]:
     """The row's requests, all in flight together."""
     requests = [as_omni(request_of(name, i, unguided), seed_of(i), output_type) for i in indexes]
     return omni.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
@@ -143,5 +145,3 @@ def difference(expected: list[torch.Tensor], got: list[torch.Tensor]) -> float:
     a, b = torch.cat([t.flatten() for t in expected]), torch.cat([t.flatten() for t in got])
     assert a.shape == b.shape, f"shapes differ: {a.shape} and {b.shape}"
     return float((a - b).abs().max() / a.abs().max().clamp(min=1e-6))
-
-

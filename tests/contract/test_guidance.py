@@ -30,9 +30,7 @@ def test_own_pipeline_with_tuple_predictions(tmp_path: Path, ranks: int) -> None
             alone = own_pipeline.build()
             alone.set_progress_bar_config(disable=True)
             expected = alone(**extra, generator=torch.Generator().manual_seed(3))[0]
-            (output,) = omni.generate(
-                [{}], OmniDiffusionSamplingParams(seed=3, extra_args=extra), use_tqdm=False
-            )
+            (output,) = omni.generate([{}], OmniDiffusionSamplingParams(seed=3, extra_args=extra), use_tqdm=False)
             assert difference(tensors(expected), media(output)) == 0
             assert output.receipt is not None
             forwards = [work.forwards for work in output.receipt.ranks]
@@ -52,7 +50,8 @@ def test_guided_and_unguided_requests_together(name: str) -> None:
     """One request with two branches and two with one, on two ranks: no row is computed twice, no rank is idle."""
     with engine(name, ranks=2, deterministic=True) as omni:
         requests = [
-            as_omni(request_of(name, i, unguided), seed_of(i), "latent") for i, unguided in ((0, False), (1, True), (0, True))
+            as_omni(request_of(name, i, unguided), seed_of(i), "latent")
+            for i, unguided in ((0, False), (1, True), (0, True))
         ]
         outputs = omni.generate([p for p, _ in requests], [s for _, s in requests], use_tqdm=False)
     for (i, unguided), output in zip(((0, False), (1, True), (0, True)), outputs, strict=True):

@@ -131,7 +131,7 @@ def test_cancelled_at_a_random_step(name: str) -> None:
         assert outputs["victim"].error == "aborted"
         for index in (0, 1):
             assert difference(reference(name, index, kind), media(outputs[str(index)])) == EXACT
-        del outputs
+        outputs.clear()
         gc.collect()
         left = [t for t in gc.get_objects() if type(t) is Task]
         assert not left, "a finished or cancelled request is still held"
@@ -157,7 +157,9 @@ def test_cfg_parallel(name: str, ranks: int) -> None:
     assert max(work.rows for work in busy) <= -(-sum(w.rows for w in busy) // len(busy)) + alone.receipt.steps
 
 
-with_unguided = pytest.mark.parametrize("name", [name for name in ORDER if ROWS[name].unguided or ROWS[name].branches == 1])
+with_unguided = pytest.mark.parametrize(
+    "name", [name for name in ORDER if ROWS[name].unguided or ROWS[name].branches == 1]
+)
 
 
 @with_unguided

@@ -55,7 +55,9 @@ class Guidance:
 
     def run(self, calls: Sequence[Call]) -> Outcome:
         """Deal `calls` and run this rank's part. No collective happens here, so an error here cannot hang others."""
-        pieces = [item for call in calls for item in self.placement.deal(call, splittable=self._splittable(call)).items()]
+        pieces = [
+            item for call in calls for item in self.placement.deal(call, splittable=self._splittable(call)).items()
+        ]
         outcome = Outcome(pieces=pieces)
         mine = [piece for rank, piece in pieces if rank == self._rank]
         groups = rows.group(mine, self._rules, self._may_join, self._max_rows if self._join else 1)

@@ -1,1 +1,1 @@
-"""."""
+"""Images, videos and sound, from and to files. Knows nothing of models, ranks or HTTP."""

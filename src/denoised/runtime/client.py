@@ -20,12 +20,14 @@ from denoised.errors import EngineError, ModelError, RequestAbortedError
 from denoised.request import OmniRequestOutput, Progress, Request
 from denoised.runtime import launch, load
 from denoised.runtime.model_info import ModelInfo
-from denoised.runtime.protocol import Command, Event, Failed, Ready
+from denoised.runtime.protocol import Command, Event, Failed, Profiled, RankSpec, Ready
 from denoised.runtime.scheduler import Scheduler
 
 Listener = Callable[[Progress | OmniRequestOutput], None]
 # A rank that dies while loading dies again; three tries rule out bad luck.
 MAX_STARTS = 3
+# Seconds that writing traces may take.
+PROFILE_PATIENCE = 300.0
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -49,6 +51,7 @@ class Client:
         self._pending: dict[str, Pending] = {}
         self._generation = 0
         self._broken: str | None = None
+        self._profile_listener: Callable[[list[str]], None] | None = None
         self._closed = False
         self.restarts = 0
         self._ranks: launch.Ranks | None = None
@@ -73,6 +76,21 @@ class Client:
     def abort(self, request_id: str) -> None:
         """Stop a request wherever it stands; its output then says that it was aborted."""
         self._inbox.put(lambda: self._abort(request_id))
+
+    def start_profile(self) -> None:
+        """Every rank starts a trace."""
+        self._inbox.put(lambda: self._send(Command(start_profile=True)))
+
+    def stop_profile(self, folder: str) -> list[str]:
+        """Every rank writes its trace into `folder`; the files, when all are written."""
+        answer: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+
+        def ask() -> None:
+            self._profile_listener = answer.put
+            self._send(Command(stop_profile=folder))
+
+        self._inbox.put(ask)
+        return answer.get(timeout=PROFILE_PATIENCE)
 
     @property
     def rank_pids(self) -> list[int]:
@@ -131,6 +149,8 @@ class Client:
             self._end(event.request_id, event)
         elif isinstance(event, Progress) and event.request_id in self._pending:
             self._pending[event.request_id].listener(event)
+        elif isinstance(event, Profiled) and self._profile_listener is not None:
+            self._profile_listener(event.paths)
 
     def _end(self, request_id: str, output: OmniRequestOutput) -> None:
         entry = self._pending.pop(request_id, None)
@@ -226,7 +246,7 @@ class Client:
         if self._torchrun is not None:
             return launch.ThreadRank(launch.torchrun_spec(self._config), deliver)
         if self._config.parallel_config.world_size == 1:
-            spec = launch.RankSpec(config=self._config, rank=0, local_rank=0, world_size=1, local_world_size=1)
+            spec = RankSpec(config=self._config, rank=0, local_rank=0, world_size=1, local_world_size=1)
             return launch.ThreadRank(spec, deliver)
         return launch.shared_host().fork(self._config, deliver)
 

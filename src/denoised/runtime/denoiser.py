@@ -36,7 +36,11 @@ def build(pipeline: Any, spec: ModelSpec, config: EngineConfig, *, rank: int, nu
         )
     rules = row_rules(spec)
     guidance = Guidance(
-        rules=lambda call: rules, num_ranks=num_ranks, rank=rank, join=not config.deterministic, max_rows=MAX_JOINED_ROWS
+        rules=lambda call: rules,
+        num_ranks=num_ranks,
+        rank=rank,
+        join=not config.deterministic,
+        max_rows=MAX_JOINED_ROWS,
     )
     trap(pipeline, spec)
     return guidance
@@ -54,5 +58,3 @@ def trap(pipeline: Any, spec: ModelSpec) -> None:
     components = hf.components(pipeline)
     for target in list(targets_of(components, spec.denoisers)):
         install(components[target.name], target)
-
-

@@ -16,11 +16,10 @@ import torch
 
 from denoised.steps.forward import Call, Stage
 
-
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 
-class _NoContent(Exception):
+class _NoContentError(Exception):
     """An argument whose content cannot be read: the call is not cached."""
 
 
@@ -40,7 +39,7 @@ class EncoderCache:
         try:
             for part in _content(call.named_arguments()):
                 digest.update(part)
-        except _NoContent:
+        except _NoContentError:
             return None
         return digest.hexdigest()
 
@@ -77,7 +76,7 @@ def _content(value: Any) -> Iterator[bytes]:
     elif isinstance(value, _PLAIN):
         yield f"{type(value).__name__}:{value!r}".encode()
     else:
-        raise _NoContent
+        raise _NoContentError
 
 
 def _tensors(value: Any, depth: int = 0) -> Iterator[torch.Tensor]:

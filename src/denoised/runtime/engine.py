@@ -20,14 +20,15 @@ from denoised.request import OmniRequestOutput, Progress, RankWork, Receipt, Req
 from denoised.runtime import memory, program
 from denoised.runtime.encoder_cache import EncoderCache
 from denoised.runtime.model_info import ModelInfo
-from denoised.runtime.protocol import Command
+from denoised.runtime.profile import RankProfiler, stage
+from denoised.runtime.protocol import Command, Profiled
 from denoised.spec.model_spec import ModelSpec
 from denoised.steps.forward import Call, Stage
 from denoised.steps.task import Task
 from denoised.steps.trap import StepObserver
 from denoised.steps.wire import Wire
 
-EngineEvent = Progress | OmniRequestOutput
+EngineEvent = Progress | OmniRequestOutput | Profiled
 
 
 @dataclass(kw_only=True)
@@ -73,6 +74,7 @@ class Engine:
         self._ended: list[InFlight] = []
         self._arities: dict[str, int] = {}
         self._events: list[EngineEvent] = []
+        self._profiler = RankProfiler()
         self.stopped = False
 
     @property
@@ -86,13 +88,17 @@ class Engine:
         denoise = [call for call in calls if call.target.stage is Stage.DENOISE]
         values, errors = self._run_atomic(atomic)
         started = time.perf_counter()
-        outcome = self._guidance.run(denoise)
-        orders = self._agree(calls, errors, outcome, commands)
+        with stage("denoise"):
+            outcome = self._guidance.run(denoise)
+        with stage("agree"):
+            orders = self._agree(calls, errors, outcome, commands)
         self._finish()
-        values |= self._guidance.finish(denoise, outcome, self._wire)
+        with stage("exchange"):
+            values |= self._guidance.finish(denoise, outcome, self._wire)
         self._charge(denoise, time.perf_counter() - started)
         self._resolve(calls, values, errors, outcome)
-        self._advance([f for f in self._in_flight.values() if calls and f.task.pending])
+        with stage("advance"):
+            self._advance([f for f in self._in_flight.values() if calls and f.task.pending])
         for order in orders:
             self._obey(order)
         events, self._events = self._events, []
@@ -107,7 +113,8 @@ class Engine:
             flight = self._in_flight[call.task_id]
             started = time.perf_counter()
             try:
-                values[call] = self._encoded(call, flight)
+                with stage(f"{call.target.stage}: {call.target.name}.{call.target.method}"):
+                    values[call] = self._encoded(call, flight)
             except Exception as error:
                 errors[position] = one_line(error)
             flight.seconds[call.target.stage] += time.perf_counter() - started
@@ -151,7 +158,9 @@ class Engine:
                 call.source.fail(CallError(f"{call.target.name}: {errors[position]}"))
         for rank, piece in outcome.pieces:
             if piece.key in outcome.errors:
-                piece.call.source.fail(CallError(f"{piece.call.target.name} on rank {rank}: {outcome.errors[piece.key]}"))
+                piece.call.source.fail(
+                    CallError(f"{piece.call.target.name} on rank {rank}: {outcome.errors[piece.key]}")
+                )
         for call in calls:
             if not call.source.done:
                 self._in_flight[call.task_id].task.learn(call, values[call])
@@ -180,6 +189,15 @@ class Engine:
             self._cancel(order.cancel)
         elif order.admit is not None:
             self._admit(order.admit)
+        elif order.start_profile:
+            self._profiler.start()
+        elif order.stop_profile is not None:
+            self._write_profile(order.stop_profile)
+
+    def _write_profile(self, folder: str) -> None:
+        path = self._profiler.stop(folder, self._wire.rank if self._wire is not None else 0)
+        paths = self._wire.gather_objects(path) if self._wire is not None else [path]
+        self._events.append(Profiled(paths=[p for p in paths if p is not None]))
 
     def _admit(self, request: Request) -> None:
         observer = StepObserver() if request.params.return_trajectory_latents else None
@@ -189,9 +207,7 @@ class Engine:
         except Exception as error:
             self._events.append(_failed(request, error))
             return
-        flight.task = Task(
-            request.request_id, call, seed=request.seed, arities=self._arities, defer=self._spec.defer
-        )
+        flight.task = Task(request.request_id, call, seed=request.seed, arities=self._arities, defer=self._spec.defer)
         self._in_flight[request.request_id] = flight
         self._advance([flight])
 
@@ -253,7 +269,8 @@ class Engine:
             seed=flight.request.seed,
             steps=flight.step,
             ranks=[
-                RankWork(rank=r, forwards=w.forwards, rows=w.rows, seconds=round(w.seconds, 6)) for r, w in enumerate(work)
+                RankWork(rank=r, forwards=w.forwards, rows=w.rows, seconds=round(w.seconds, 6))
+                for r, w in enumerate(work)
             ],
             rows_joined=sum(w.rows_joined for w in work),
             encoder_cache_hits=flight.cache_hits,
@@ -276,5 +293,3 @@ def _failed(request: Request, error: Exception) -> OmniRequestOutput:
     """The output of a request that failed; other requests are not touched."""
     text = str(error) if isinstance(error, InvalidRequestError | RequestAbortedError | CallError) else one_line(error)
     return OmniRequestOutput(request_id=request.request_id, prompt=request.prompt, error=text)
-
-

@@ -1,8 +1,8 @@
 """Starting ranks, in three ways with one interface: a thread of this process for one rank, forked processes on this
 node, or the ranks that torchrun gives.
 
-`Ranks.send` reaches rank 0; events of all ranks arrive at `deliver(rank, event)`, and `deliver(rank, None)` says that a
-rank is gone. A `Ranks` is used once: whoever wants ranks again starts new ones.
+`Ranks.send` reaches rank 0; events of all ranks arrive at `deliver(rank, event)`, and `deliver(rank, None)` says that
+a rank is gone. A `Ranks` is used once: whoever wants ranks again starts new ones.
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ class ForkedRanks:
     def __init__(self, *, pids: list[int], channels: dict[int, PickleChannel], deliver: Deliver) -> None:
         self.pids, self._channels, self._deliver = pids, channels, deliver
         self._threads = [
-            threading.Thread(target=self._read, args=(rank,), name=f"rank-{rank}-events", daemon=True) for rank in channels
+            threading.Thread(target=self._read, args=(rank,), name=f"rank-{rank}-events", daemon=True)
+            for rank in channels
         ]
         for thread in self._threads:
             thread.start()

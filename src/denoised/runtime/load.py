@@ -37,7 +37,9 @@ def locate(model: str) -> str | Path:
         raise ModelError(f"model={model!r} is a file; give the folder that holds model_index.json.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         known = ", ".join(BUILTIN)
-        raise ModelError(f"model={model!r} is no folder, no hub id of the form owner/name, and not built in ({known}).")
+        raise ModelError(
+            f"model={model!r} is no folder, no hub id of the form owner/name, and not built in ({known})."
+        )
     return model
 
 
@@ -61,7 +63,9 @@ def _check_component(folder: Path, class_name: str) -> None:
                 raise ModelError(f"{folder / shard} is missing, though {index.name} names it; download it again.")
     files = list(folder.glob("*.safetensors"))
     if not files and (folder / "config.json").is_file() and not class_name.endswith(WITHOUT_WEIGHTS):
-        raise ModelError(f"{folder} holds no weights in safetensors, and no others are read; download or convert them.")
+        raise ModelError(
+            f"{folder} holds no weights in safetensors, and no others are read; download or convert them."
+        )
     for file in files:
         read_header(file)
 
@@ -140,8 +144,8 @@ def _pipeline_class(source: str | Path) -> Any:
             own = {cls.__name__: cls for cls in hf.subclasses(diffusers.DiffusionPipeline)}
             if name not in own:
                 raise ModelError(
-                    f"{source} is a {name}, which diffusers {diffusers.__version__} does not have; name the module that "
-                    "defines it in plugins."
+                    f"{source} is a {name}, which diffusers {diffusers.__version__} does not have; "
+                    "name the module that defines it in plugins."
                 )
             return own[name]
     return diffusers.DiffusionPipeline
@@ -161,7 +165,9 @@ def _check_complete(pipeline: Any, folder: Path) -> None:
             found = {key for file in (folder / name).glob("*.safetensors") for key in read_header(file)}
             missing = [key for key in component.state_dict() if key not in found]
             if found and missing:
-                raise ModelError(f"{folder / name} lacks the weight {missing[0]} ({len(missing)} in all); download it again.")
+                raise ModelError(
+                    f"{folder / name} lacks the weight {missing[0]} ({len(missing)} in all); download it again."
+                )
 
 
 def _configured(pipeline: Any, config: EngineConfig) -> Any:

@@ -50,7 +50,9 @@ class ModelInfo:
         return {k: v for k, v in self.defaults.items() if not (unguided and k == "true_cfg_scale")}
 
 
-def describe(pipeline: Any, spec: ModelSpec, *, model: str, device: str, dtype: str, defaults: dict[str, Any]) -> ModelInfo:
+def describe(
+    pipeline: Any, spec: ModelSpec, *, model: str, device: str, dtype: str, defaults: dict[str, Any]
+) -> ModelInfo:
     """The ModelInfo of a loaded pipeline."""
     scheduler_config = getattr(getattr(pipeline, "scheduler", None), "config", {})
     configurable = {n for n in ("boundary_ratio",) if n in pipeline.config}
@@ -108,7 +110,9 @@ def _check_taken(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
             raise InvalidRequestError(f"{f.name}={value!r:.40}: {info.pipeline} does not take it; leave it out.")
     for name in ("boundary_ratio", "flow_shift"):
         if getattr(params, name) is not None and name not in info.branching_config | info.parameters:
-            raise InvalidRequestError(f"{name}={getattr(params, name)}: {info.pipeline} has no such setting; leave it out.")
+            raise InvalidRequestError(
+                f"{name}={getattr(params, name)}: {info.pipeline} has no such setting; leave it out."
+            )
     problem = unknown_names(params.extra_args, info.parameters - RESERVED, f"{info.pipeline} keyword in extra_args")
     if problem:
         raise InvalidRequestError(problem)
@@ -137,7 +141,9 @@ def _check_size(params: OmniDiffusionSamplingParams, info: ModelInfo, config: En
         )
 
 
-def _check_prompt(prompt: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo, config: EngineConfig) -> None:
+def _check_prompt(
+    prompt: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo, config: EngineConfig
+) -> None:
     for key in ("prompt", "negative_prompt"):
         text = prompt.get(key)
         if isinstance(text, str) and len(text) > config.max_prompt_chars:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import queue
 import secrets
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -19,7 +20,6 @@ from denoised.request import (
     OmniRequestOutput,
     Progress,
     Prompt,
-    PromptDict,
     Request,
     as_prompt,
 )
@@ -73,6 +73,14 @@ class _Frontend:
         """Stop a request wherever it stands; its output says so in `error`."""
         self._client.abort(request_id)
 
+    def start_profile(self) -> None:
+        """Trace what every rank does from here on."""
+        self._client.start_profile()
+
+    def stop_profile(self, folder: str = "profiles") -> list[str]:
+        """Write a Chrome trace of each rank into `folder`, with the engine's stages named; the files."""
+        return self._client.stop_profile(os.path.abspath(folder))
+
     def close(self) -> None:
         """Stop the engine; requests without an output fail."""
         self._client.close()
@@ -93,7 +101,7 @@ class _Frontend:
 
 
 def _rejected(request_id: str, prompt: Any, error: DenoisedError) -> OmniRequestOutput:
-    shown: PromptDict = prompt if isinstance(prompt, dict) else {"prompt": str(prompt)}
+    shown: Any = prompt if isinstance(prompt, dict) else {"prompt": str(prompt)}
     return OmniRequestOutput(request_id=request_id, prompt=shown, error=str(error))
 
 
@@ -113,7 +121,9 @@ class Omni(_Frontend):
     def __enter__(self) -> Omni:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     def generate(
@@ -159,7 +169,9 @@ def _one_each(params: Any, count: int) -> Sequence[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
     if len(params) != count:
-        raise InvalidRequestError(f"sampling_params has {len(params)} entries for {count} prompts; give one, or one each.")
+        raise InvalidRequestError(
+            f"sampling_params has {len(params)} entries for {count} prompts; give one, or one each."
+        )
     return list(params)
 
 
@@ -184,8 +196,8 @@ def _collect(
 
 
 class AsyncOmni(_Frontend):
-    """Online inference in an event loop: `async for event in omni.generate(...)` gives `Progress` events and, last, the
-    `OmniRequestOutput`. Cancelling the consumer aborts the request."""
+    """Online inference in an event loop: `async for event in omni.generate(...)` gives `Progress` events and, last,
+    the `OmniRequestOutput`. Cancelling the consumer aborts the request."""
 
     async def __aenter__(self) -> AsyncOmni:
         return self
@@ -206,7 +218,11 @@ class AsyncOmni(_Frontend):
         events: asyncio.Queue[Progress | OmniRequestOutput] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         request = self._request(request_id or self._next_id(), prompt, sampling_params)
-        self._client.submit(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event) and None)
+
+        def hear(event: Progress | OmniRequestOutput) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        self._client.submit(request, hear)
         done = False
         try:
             while not done:

@@ -28,7 +28,12 @@ class Media:
 
 
 def build(
-    pipeline: Any, request: Request, info: ModelInfo, *, report: Callable[[int, int], None], observer: StepObserver | None
+    pipeline: Any,
+    request: Request,
+    info: ModelInfo,
+    *,
+    report: Callable[[int, int], None],
+    observer: StepObserver | None,
 ) -> Callable[[], Any]:
     """The program of one request: a call without arguments that runs the unmodified pipeline."""
     own = request_copy(pipeline, report=report, observer=observer)

@@ -15,10 +15,12 @@ from denoised.runtime.model_info import ModelInfo
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What rank 0 tells all ranks to do between ticks: exactly one field is set."""
+    """What rank 0 tells all ranks to do between ticks: exactly one field is set. `stop_profile` is a folder."""
 
     admit: Request | None = None
     cancel: str | None = None
+    start_profile: bool = False
+    stop_profile: str | None = None
     stop: bool = False
 
 
@@ -38,7 +40,14 @@ class Failed:
     by_user: bool = False
 
 
-Event = Progress | OmniRequestOutput | Ready | Failed
+@dataclass(frozen=True, kw_only=True)
+class Profiled:
+    """All ranks have written their traces."""
+
+    paths: list[str]
+
+
+Event = Progress | OmniRequestOutput | Ready | Failed | Profiled
 
 
 @dataclass(frozen=True, kw_only=True)

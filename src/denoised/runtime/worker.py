@@ -6,6 +6,7 @@ same code.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import sys
@@ -147,7 +148,5 @@ def _with_place(error: Exception) -> str:
 
 
 def _tell(channel: Channel, event: Any) -> None:
-    try:
+    with contextlib.suppress(OSError):  # nobody is left to tell
         channel.send(event)
-    except OSError:
-        pass

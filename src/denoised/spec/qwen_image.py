@@ -9,7 +9,21 @@ _TEXT = {"encoder_hidden_states": "encoder_hidden_states_mask"}
 
 SPECS = (
     ModelSpec(pipeline="QwenImagePipeline", models=("Qwen-Image", "Qwen-Image-2512"), shared=_SHARED, padded=_TEXT),
-    ModelSpec(pipeline="QwenImageEditPipeline", models=("Qwen-Image-Edit",), shared=_SHARED, padded=_TEXT, needs_image=True),
-    ModelSpec(pipeline="QwenImageEditPlusPipeline", models=("Qwen-Image-Edit-2509",), shared=_SHARED, padded=_TEXT, needs_image=True),
-    ModelSpec(pipeline="QwenImageLayeredPipeline", models=("Qwen-Image-Layered",), shared=_SHARED, padded=_TEXT, needs_image=True),
+    ModelSpec(
+        pipeline="QwenImageEditPipeline", models=("Qwen-Image-Edit",), shared=_SHARED, padded=_TEXT, needs_image=True
+    ),
+    ModelSpec(
+        pipeline="QwenImageEditPlusPipeline",
+        models=("Qwen-Image-Edit-2509",),
+        shared=_SHARED,
+        padded=_TEXT,
+        needs_image=True,
+    ),
+    ModelSpec(
+        pipeline="QwenImageLayeredPipeline",
+        models=("Qwen-Image-Layered",),
+        shared=_SHARED,
+        padded=_TEXT,
+        needs_image=True,
+    ),
 )

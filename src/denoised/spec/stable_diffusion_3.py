@@ -5,5 +5,7 @@ from __future__ import annotations
 from denoised.spec.model_spec import ModelSpec
 
 SPECS = (
-    ModelSpec(pipeline="StableDiffusion3Pipeline", models=("Stable-Diffusion-3.5",), shared=frozenset({"skip_layers"})),
+    ModelSpec(
+        pipeline="StableDiffusion3Pipeline", models=("Stable-Diffusion-3.5",), shared=frozenset({"skip_layers"})
+    ),
 )

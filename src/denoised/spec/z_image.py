@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from denoised.spec.model_spec import ModelSpec
 
-SPECS = (ModelSpec(pipeline="ZImagePipeline", models=("Z-Image", "Z-Image-Turbo"), row_lists=frozenset({"x", "cap_feats"})),)
+SPECS = (
+    ModelSpec(pipeline="ZImagePipeline", models=("Z-Image", "Z-Image-Turbo"), row_lists=frozenset({"x", "cap_feats"})),
+)

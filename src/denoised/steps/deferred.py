@@ -60,7 +60,9 @@ class Deferred:
     __array_ufunc__ = None  # numpy scalars on the left leave the operation to us
     __hash__ = object.__hash__
 
-    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], arity: int | None) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], arity: int | None
+    ) -> None:
         self._fn, self._args, self._kwargs, self._arity = fn, args, kwargs, arity
         self._ready, self._value = False, None
         self._versions = [(t, t._version) for t in _tensors((args, kwargs))]
@@ -111,7 +113,7 @@ class Deferred:
 
     def __iter__(self) -> Iterator[Any]:
         if not self._ready and self._arity is not None:
-            return iter([self[i] for i in range(self._arity)])
+            return iter([record(operator.getitem, (self, i), {}) for i in range(self._arity)])
         return iter(self.force())
 
     def __len__(self) -> int:

@@ -25,8 +25,8 @@ class RowRules:
 
     shared: arguments that are the same for all rows, whatever their shape says.
     lists: arguments that are lists with one entry a row.
-    padded: text arguments [rows, tokens, ...] that may be padded at the end, and the name of their mask [rows, tokens],
-        which may be None: rows with texts of different lengths can then share a forward.
+    padded: text arguments [rows, tokens, ...] that may be padded at the end, and the name of their mask
+        [rows, tokens], which may be None: rows with texts of different lengths can then share a forward.
     whole: the call cannot be split or joined (packed sequences).
     trusted: False makes the engine compare a split forward with a whole one before it relies on it.
     """
@@ -177,7 +177,8 @@ def shares_tensors(a: Call, b: Call, rules: RowRules) -> bool:
 
 
 def _shared(call: Call, rules: RowRules) -> list[torch.Tensor]:
-    batch, leaves = batch_size(call), []
+    batch = batch_size(call)
+    leaves: list[torch.Tensor] = []
     for name, value in sorted(call.named_arguments().items()):
         if name in rules.padded or name in rules.padded.values():
             continue
@@ -232,7 +233,9 @@ def _padded(part: dict[str, Any], text: str, mask: str, length: int) -> dict[str
 def _separate(output: Tree, batches: list[int]) -> list[Tree]:
     total, start, parts = sum(batches), 0, []
     for size in batches:
-        parts.append(take(output, tuple(range(start, start + size)), total, as_list=True) if len(batches) > 1 else output)
+        parts.append(
+            take(output, tuple(range(start, start + size)), total, as_list=True) if len(batches) > 1 else output
+        )
         start += size
     return parts
 

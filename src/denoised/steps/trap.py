@@ -127,7 +127,7 @@ def request_copy(pipeline: Any, *, report: Callable[[int, int], None], observer:
     for name, component in hf.stateful_components(pipeline).items():
         duplicate = copy.deepcopy(component)
         if hasattr(duplicate, "step") and hasattr(duplicate, "set_timesteps"):
-            duplicate.__class__ = stepped(type(duplicate))
+            duplicate.__class__ = stepped(duplicate.__class__)
             duplicate.__dict__["_observe_step"] = observer
         own.__dict__[name] = duplicate  # not setattr: that would rewrite the pipeline's own configuration
     own.__dict__["progress_bar"] = progress_bar(report)

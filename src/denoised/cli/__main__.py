@@ -1,0 +1,5 @@
+"""`python -m denoised.cli`."""
+
+from denoised.cli import main
+
+main()
