@@ -73,7 +73,7 @@ class EngineConfig:
     model: Any = bounded("shapes", help="hub id, folder in diffusers layout, built-in name, or a DiffusionPipeline")
     parallel_config: DiffusionParallelConfig = bounded(DiffusionParallelConfig())
     dtype: str | None = bounded(
-        None, choices=("auto", "float32", "bfloat16", "float16"), help="default: bfloat16 on GPU, float32 on CPU"
+        None, choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on GPU, float32 on CPU"
     )
     num_threads: int | None = bounded(None, minimum=1, help="CPU threads of each rank; default: cores over ranks")
     deterministic: bool = bounded(False, help="never join rows of different requests: bytes do not depend on load")

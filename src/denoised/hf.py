@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -36,14 +39,42 @@ def set_config(pipeline: Any, **values: Any) -> None:
     pipeline.register_to_config(**values)
 
 
-def quiet() -> None:
-    """No progress bars and no advice from the libraries: what users see is ours."""
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """No progress bars and no advice from the libraries while a model loads: what users see is ours."""
     import diffusers
     import transformers
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
+    loggings = [diffusers.utils.logging, transformers.utils.logging]
+    levels = [library.get_verbosity() for library in loggings]
+    for library in loggings:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(loggings, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
+
+
+class _Taken(logging.Filter):
+    """Keeps a record from being printed if somebody takes its message."""
+
+    def __init__(self, take: Callable[[str], bool]) -> None:
+        super().__init__()
+        self._take = take
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING or not self._take(record.getMessage())
+
+
+def route_warnings(take: Callable[[str], bool]) -> None:
+    """Offer the libraries' warnings to `take`; those that it returns True for are not printed."""
+    for name in ("diffusers", "transformers"):
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(f, _Taken) for f in handler.filters):
+                handler.addFilter(_Taken(take))
 
 
 def subclasses(cls: type) -> list[type]:

@@ -123,7 +123,10 @@ class RankWork:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """What really ran for one request. Counted where it happened, never derived from the settings."""
+    """What really ran for one request. Counted where it happened, never derived from the settings.
+
+    `notes` are the pipeline's own warnings, such as a setting that it did not use.
+    """
 
     model: str
     pipeline: str
@@ -141,6 +144,7 @@ class Receipt:
     stage_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def line(self) -> str:
         """The receipt as one readable line."""

@@ -100,3 +100,15 @@ def test_texts_of_different_lengths_join_by_padding() -> None:
     shared = outputs[1].receipt
     assert shared is not None
     assert shared.ranks[0].forwards == shared.steps, "both branches of both requests in one forward"
+
+
+def test_what_a_pipeline_warns_of_is_in_the_receipt() -> None:
+    """Guidance that cannot act, because there is no negative prompt, is said and not swallowed."""
+    with engine("qwen_image") as omni:
+        params = OmniDiffusionSamplingParams(height=64, width=64, num_inference_steps=2, true_cfg_scale=4.0)
+        guided, plain_one = omni.generate(
+            [{"prompt": "a cat", "negative_prompt": "blurry"}, "a cat"], params, use_tqdm=False
+        )
+    assert guided.receipt.notes == []
+    assert len(plain_one.receipt.notes) == 1
+    assert "no negative_prompt is provided" in plain_one.receipt.notes[0]

@@ -278,6 +278,7 @@ class Engine:
             stage_seconds={name: round(seconds, 6) for name, seconds in flight.seconds.items()},
             peak_memory_mb=memory.peak_mb(),
             versions=memory.versions(),
+            notes=list(flight.task.notes),
         )
 
 

@@ -113,18 +113,19 @@ def load(config: EngineConfig, *, device: str) -> Any:
     """
     import torch
 
-    hf.quiet()
     if not isinstance(config.model, str | Path):
+        if config.dtype is not None:
+            raise ModelError(f"dtype={config.dtype!r}: a pipeline object keeps its own; convert it with .to() first.")
         return _configured(config.model.to(device), config)
     source = locate(str(config.model))
-    dtype = "auto" if dtype_name(config, device) == "auto" else getattr(torch, dtype_name(config, device))
     try:
-        pipeline = _pipeline_class(source).from_pretrained(
-            source,
-            dtype=None if dtype == "auto" else dtype,
-            use_safetensors=True,
-            local_files_only=isinstance(source, Path),
-        )
+        with hf.quietly():
+            pipeline = _pipeline_class(source).from_pretrained(
+                source,
+                dtype=getattr(torch, dtype_name(config, device)),
+                use_safetensors=True,
+                local_files_only=isinstance(source, Path),
+            )
     except ModelError:
         raise
     except Exception as error:

@@ -28,13 +28,15 @@ RESERVED = frozenset({"self", "generator", "output_type", "return_dict", "callba
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """A loaded model. `parameters` are the keywords of its `__call__`; `size_multiple` what sizes must divide by."""
+    """A loaded model. `parameters` are the keywords of its `__call__`; `size_multiple` what sizes must
+    divide by, `frame_multiple` what the number of frames less one must."""
 
     model: str
     pipeline: str
     kind: Kind
     parameters: frozenset[str]
     size_multiple: int
+    frame_multiple: int
     branching_config: frozenset[str]
     device: str
     dtype: str
@@ -62,7 +64,8 @@ def describe(
         pipeline=type(pipeline).__name__,
         kind=spec.kind,
         parameters=frozenset(inspect.signature(type(pipeline).__call__).parameters),
-        size_multiple=spec.size_multiple or _size_multiple(pipeline),
+        size_multiple=_size_multiple(pipeline, spec.packing),
+        frame_multiple=_frame_multiple(pipeline),
         branching_config=frozenset(configurable),
         needs_image=spec.needs_image,
         declared=spec.declared,
@@ -83,13 +86,20 @@ def _sample_rate(pipeline: Any) -> int | None:
     return None
 
 
-def _size_multiple(pipeline: Any) -> int:
+def _size_multiple(pipeline: Any, packing: int) -> int:
     """Pixels of one latent, times the denoiser's patch where its configuration names one."""
     scale = getattr(pipeline, "vae_scale_factor", None) or getattr(pipeline, "vae_scale_factor_spatial", None)
     scale = scale or getattr(pipeline, "vae_spatial_compression_ratio", None) or 8
     denoiser = getattr(pipeline, "transformer", None)
     patch = getattr(getattr(denoiser, "config", None), "patch_size", 1) if denoiser is not None else 1
-    return int(scale) * int(patch[-1] if isinstance(patch, list | tuple) else patch or 1)
+    patch = int(patch[-1] if isinstance(patch, list | tuple) else patch or 1)
+    return int(scale) * max(patch, packing)
+
+
+def _frame_multiple(pipeline: Any) -> int:
+    """Frames of one latent of a video VAE; the first frame has a latent of its own."""
+    names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+    return int(next((getattr(pipeline, name) for name in names if getattr(pipeline, name, None)), 1))
 
 
 def check(prompt: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo, config: EngineConfig) -> None:
@@ -133,6 +143,12 @@ def _check_size(params: OmniDiffusionSamplingParams, info: ModelInfo, config: En
             raise InvalidRequestError(
                 f"{name}={value}: {info.pipeline} needs a multiple of {multiple}; use {nearest}."
             )
+    if params.num_frames is not None and (params.num_frames - 1) % info.frame_multiple:
+        below = (params.num_frames - 1) // info.frame_multiple * info.frame_multiple + 1
+        raise InvalidRequestError(
+            f"num_frames={params.num_frames}: {info.pipeline} needs a multiple of {info.frame_multiple} plus one; "
+            f"use {below} or {below + info.frame_multiple}."
+        )
     pixels = (params.height or 1) * (params.width or 1)
     if pixels > config.max_pixels:
         raise InvalidRequestError(

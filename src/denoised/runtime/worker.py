@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from denoised import env
+from denoised import env, hf
 from denoised.config import EngineConfig
 from denoised.errors import DenoisedError, InvalidConfigError, one_line
 from denoised.runtime import denoiser, load, model_info
@@ -26,6 +26,7 @@ from denoised.runtime.encoder_cache import EncoderCache
 from denoised.runtime.engine import Engine
 from denoised.runtime.protocol import Channel, Command, Failed, RankSpec, Ready
 from denoised.spec.registry import resolve
+from denoised.steps.current import current_task
 from denoised.steps.wire import Wire
 
 # An idle engine still ticks this often (seconds), so that a rank that died is noticed without a request.
@@ -58,6 +59,7 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
     device = device_of(spec)
     wire = _connect(spec, device)
     pipeline = load.load(spec.config, device=device)
+    hf.route_warnings(_note)
     model_spec = resolve(pipeline)
     guidance = denoiser.build(pipeline, model_spec, spec.config, rank=spec.rank, num_ranks=spec.world_size)
     info = model_info.describe(
@@ -65,7 +67,7 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
         model_spec,
         model=_model_name(spec.config),
         device=device,
-        dtype=load.dtype_name(spec.config, device),
+        dtype=_dtype_of(pipeline, model_spec.denoisers),
         defaults={**load.default_sampling_params(spec.config.model), **spec.config.default_sampling_params},
     )
     channel.send(Ready(info=info, seconds=time.perf_counter() - started))
@@ -135,6 +137,20 @@ def _connect(spec: RankSpec, device: str) -> Wire | None:
     mesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     return Wire(control=control, data=mesh["cfg"].get_group(), device=torch.device(device))
+
+
+def _dtype_of(pipeline: Any, denoisers: tuple[str, ...]) -> str:
+    """What the denoiser's weights really are: a pipeline object comes as it is."""
+    dtype = next((getattr(pipeline, name).dtype for name in denoisers), torch.get_default_dtype())
+    return str(dtype).removeprefix("torch.")
+
+
+def _note(text: str) -> bool:
+    """A pipeline's warning goes into the receipt of the request that it is about."""
+    task = current_task()
+    if task is not None:
+        task.note(text)
+    return task is not None
 
 
 def _model_name(config: EngineConfig) -> str:

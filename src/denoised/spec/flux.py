@@ -7,8 +7,8 @@ from denoised.spec.model_spec import ModelSpec
 _IDS = frozenset({"img_ids", "txt_ids"})
 
 SPECS = (
-    ModelSpec(pipeline="FluxPipeline", models=("FLUX.1-dev", "FLUX.1-schnell"), shared=_IDS),
-    ModelSpec(pipeline="FluxKontextPipeline", models=("FLUX.1-Kontext-dev",), shared=_IDS),
-    ModelSpec(pipeline="Flux2Pipeline", models=("FLUX.2-dev",)),
-    ModelSpec(pipeline="Flux2KleinPipeline", models=("FLUX.2-klein",)),
+    ModelSpec(pipeline="FluxPipeline", packing=2, models=("FLUX.1-dev", "FLUX.1-schnell"), shared=_IDS),
+    ModelSpec(pipeline="FluxKontextPipeline", packing=2, models=("FLUX.1-Kontext-dev",), shared=_IDS),
+    ModelSpec(pipeline="Flux2Pipeline", packing=2, models=("FLUX.2-dev",)),
+    ModelSpec(pipeline="Flux2KleinPipeline", packing=2, models=("FLUX.2-klein",)),
 )

@@ -7,6 +7,8 @@ from denoised.spec.model_spec import ModelSpec
 _IDS = frozenset({"img_ids", "txt_ids"})
 
 SPECS = (
-    ModelSpec(pipeline="LongCatImagePipeline", models=("LongCat-Image",), shared=_IDS),
-    ModelSpec(pipeline="LongCatImageEditPipeline", models=("LongCat-Image-Edit",), shared=_IDS, needs_image=True),
+    ModelSpec(pipeline="LongCatImagePipeline", packing=2, models=("LongCat-Image",), shared=_IDS),
+    ModelSpec(
+        pipeline="LongCatImageEditPipeline", packing=2, models=("LongCat-Image-Edit",), shared=_IDS, needs_image=True
+    ),
 )

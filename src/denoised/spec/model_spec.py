@@ -25,7 +25,7 @@ class ModelSpec:
     whole_calls: a denoiser call cannot be split into rows.
     defer: False if the pipeline changes tensors in place between a denoiser call and its use.
     exclusive: the pipeline changes shared modules, so a request runs alone.
-    size_multiple: height and width must be multiples of it; None: the VAE's scale times two.
+    packing: latents that the pipeline packs into one token, along each side; 1: the denoiser's own patch says it.
     defaults: sampling parameters that the class's own defaults leave open.
     """
 
@@ -39,7 +39,7 @@ class ModelSpec:
     whole_calls: bool = False
     defer: bool = True
     exclusive: bool = False
-    size_multiple: int | None = None
+    packing: int = 1
     needs_image: bool = False
     declared: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)

@@ -4,4 +4,8 @@ from __future__ import annotations
 
 from denoised.spec.model_spec import ModelSpec
 
-SPECS = (ModelSpec(pipeline="OvisImagePipeline", models=("Ovis-Image",), shared=frozenset({"img_ids", "txt_ids"})),)
+SPECS = (
+    ModelSpec(
+        pipeline="OvisImagePipeline", packing=2, models=("Ovis-Image",), shared=frozenset({"img_ids", "txt_ids"})
+    ),
+)

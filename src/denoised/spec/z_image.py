@@ -5,5 +5,10 @@ from __future__ import annotations
 from denoised.spec.model_spec import ModelSpec
 
 SPECS = (
-    ModelSpec(pipeline="ZImagePipeline", models=("Z-Image", "Z-Image-Turbo"), row_lists=frozenset({"x", "cap_feats"})),
+    ModelSpec(
+        pipeline="ZImagePipeline",
+        packing=2,
+        models=("Z-Image", "Z-Image-Turbo"),
+        row_lists=frozenset({"x", "cap_feats"}),
+    ),
 )

@@ -41,6 +41,7 @@ class Task:
         self.value: Any = None
         self.error: Exception | None = None
         self.done = self.cancelled = False
+        self.notes: list[str] = []
         self._program: Callable[[], Any] | None = program
         self._defer = defer
         self._arities = arities if arities is not None else {}
@@ -104,6 +105,11 @@ class Task:
         self._branch += 1
         deferred = Deferred.of(call.source)
         return deferred if self._defer else deferred.force()
+
+    def note(self, text: str) -> None:
+        """Keep what the pipeline warned of, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def new_step(self) -> None:
         """The scheduler stepped: the next denoiser call is branch 0 again."""
