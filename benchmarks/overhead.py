@@ -2,8 +2,8 @@
 
     python -m benchmarks.overhead [--steps 10] [--rounds 5]
 
-Same process, same threads, same model: one request; the same prompt again (encoder reuse); eight small images joined
-against eight in turn.
+Same process, same threads, same model. One request of a model of about 50M random weights at 256x256; the same prompt
+again (encoder reuse); eight small pictures of the built-in model, joined against eight in turn.
 """
 
 from __future__ import annotations
@@ -11,11 +11,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
-from benchmarks.common import PROMPT, interleaved, qwen_image, ratio, saved, show
+from benchmarks.common import PROMPT, interleaved, num_parameters, qwen_image, ratio, saved, show
 from denoised import Omni, OmniDiffusionSamplingParams
+from denoised.runtime.load import BUILTIN
+
+SHAPES = [
+    {"prompt": f"a large {color} circle above a small square", "negative_prompt": "blurry"}
+    for color in ("red", "blue", "green", "yellow", "purple", "orange", "pink", "cyan")
+]
 
 
 def main() -> None:
@@ -23,65 +31,64 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    show("overhead", _one_request(args.steps, args.rounds) | _eight_requests(args.steps, args.rounds))
 
+
+def _one_request(steps: int, rounds: int) -> dict[str, Any]:
     pipeline = qwen_image(layers=4, heads=8, dtype=torch.float32)
     folder = saved(pipeline)
-    torch.set_num_threads(1)
-    with (
-        Omni(folder, num_threads=1) as joined,
-        Omni(folder, num_threads=1, max_num_seqs=1, encoder_cache_mb=0) as alone,
-    ):
-
-        def plain(size: int = 256, count: int = 1) -> float:
-            started = time.perf_counter()
-            for seed in range(count):
-                pipeline(
-                    **PROMPT,
-                    height=size,
-                    width=size,
-                    num_inference_steps=args.steps,
-                    true_cfg_scale=4.0,
-                    generator=torch.Generator().manual_seed(seed),
-                    output_type="latent",
-                )
-            return time.perf_counter() - started
-
-        def engine(omni: Omni, size: int = 256, count: int = 1) -> float:
-            params = [_params(args.steps, size, seed) for seed in range(count)]
-            started = time.perf_counter()
-            outputs = omni.generate([PROMPT] * count, params, use_tqdm=False)
-            assert not any(o.error for o in outputs)
-            return time.perf_counter() - started
-
-        engine(joined), engine(alone), plain()  # warm up
-        one = interleaved(
-            {"plain": plain, "engine": lambda: engine(alone), "reuse": lambda: engine(joined)}, args.rounds
-        )
-        eight = interleaved(
-            {
-                "plain": lambda: plain(64, 8),
-                "in turn": lambda: engine(alone, 64, 8),
-                "joined": lambda: engine(joined, 64, 8),
-            },
-            args.rounds,
-        )
-    show(
-        "overhead",
-        {
-            "seconds, plain pipeline": statistics.median(one["plain"]),
-            "engine over plain, one request": ratio(one["engine"], one["plain"]),
-            "engine over plain, prompt seen before": ratio(one["reuse"], one["plain"]),
-            "eight small images: seconds, plain in turn": statistics.median(eight["plain"]),
-            "speed-up, engine in turn": ratio(eight["plain"], eight["in turn"]),
-            "speed-up, engine joined": ratio(eight["plain"], eight["joined"]),
-        },
-    )
+    with Omni(folder, num_threads=1) as reuse, Omni(folder, num_threads=1, encoder_cache_mb=0) as engine:
+        variants = {
+            "plain": lambda: _plain(pipeline, [PROMPT], 256, steps),
+            "engine": lambda: _engine(engine, [PROMPT], 256, steps),
+            "reuse": lambda: _engine(reuse, [PROMPT], 256, steps),
+        }
+        interleaved(variants, 1)  # warm up
+        seconds = interleaved(variants, rounds)
+    return {
+        "parameters": num_parameters(pipeline.transformer),
+        "one request, plain pipeline: seconds": statistics.median(seconds["plain"]),
+        "one request, engine over plain": ratio(seconds["engine"], seconds["plain"]),
+        "one request, engine over plain, prompt seen before": ratio(seconds["reuse"], seconds["plain"]),
+    }
 
 
-def _params(steps: int, size: int, seed: int) -> OmniDiffusionSamplingParams:
-    return OmniDiffusionSamplingParams(
-        height=size, width=size, num_inference_steps=steps, true_cfg_scale=4.0, seed=seed, output_type="latent"
-    )
+def _eight_requests(steps: int, rounds: int) -> dict[str, Any]:
+    pipeline = DiffusionPipeline.from_pretrained(BUILTIN["shapes"], dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    with Omni(num_threads=1) as joined, Omni(num_threads=1, max_num_seqs=1) as in_turn:
+        variants = {
+            "plain": lambda: _plain(pipeline, SHAPES, 128, steps),
+            "in turn": lambda: _engine(in_turn, SHAPES, 128, steps),
+            "joined": lambda: _engine(joined, SHAPES, 128, steps),
+        }
+        interleaved(variants, 1)  # warm up
+        seconds = interleaved(variants, rounds)
+    return {
+        "eight small pictures, plain in turn: seconds": statistics.median(seconds["plain"]),
+        "eight small pictures, speed-up of the engine in turn": ratio(seconds["plain"], seconds["in turn"]),
+        "eight small pictures, speed-up of the engine joined": ratio(seconds["plain"], seconds["joined"]),
+    }
+
+
+def _plain(pipeline: Any, prompts: list[dict[str, str]], size: int, steps: int) -> float:
+    started = time.perf_counter()
+    for seed, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(seed)
+        settings = {"num_inference_steps": steps, "true_cfg_scale": 4.0, "output_type": "latent"}
+        pipeline(**prompt, height=size, width=size, generator=generator, **settings)
+    return time.perf_counter() - started
+
+
+def _engine(omni: Omni, prompts: list[dict[str, str]], size: int, steps: int) -> float:
+    settings: dict[str, Any] = {"num_inference_steps": steps, "true_cfg_scale": 4.0, "output_type": "latent"}
+    params = [OmniDiffusionSamplingParams(height=size, width=size, seed=i, **settings) for i in range(len(prompts))]
+    started = time.perf_counter()
+    outputs = omni.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - started
+    assert not any(output.error for output in outputs)
+    return seconds
 
 
 if __name__ == "__main__":

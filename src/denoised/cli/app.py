@@ -79,7 +79,7 @@ def denoised(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Pictures, videos and sound from diffusion models: every diffusers pipeline, unmodified, on one rank or many."""
+    """Pictures, videos and sound from diffusion models: diffusers pipelines, unmodified, on one rank or many."""
 
 
 def main() -> None:

@@ -114,6 +114,8 @@ def _run(
 
 def _report(result: OmniRequestOutput, paths: list[Path], *, as_json: bool) -> None:
     assert result.receipt is not None
+    for note in result.receipt.notes:
+        print(f"Note: {note}", file=sys.stderr)
     if as_json:
         receipt = result.receipt.as_dict()
         json.dump({"outputs": [str(path) for path in paths], "receipt": receipt}, sys.stdout, indent=2)
@@ -121,3 +123,5 @@ def _report(result: OmniRequestOutput, paths: list[Path], *, as_json: bool) -> N
     else:
         print(*paths, sep="\n")
         print(result.receipt.line())
+    for note in result.receipt.notes:  # what the pipeline itself warned of
+        print("Note:", " ".join(note.split()), file=sys.stderr)

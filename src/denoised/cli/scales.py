@@ -17,11 +17,15 @@ class Scales:
     cfg_scale: float | None = bounded(
         None,
         minimum=0,
+        maximum=1000,
         help="classifier-free guidance, against the negative prompt or an empty one: true_cfg_scale where the model "
         "takes it, else guidance_scale",
     )
     guidance_scale_high: float | None = bounded(
-        None, minimum=0, help="guidance of the high-noise expert; --guidance-scale is then that of the low-noise one"
+        None,
+        minimum=0,
+        maximum=1000,
+        help="guidance of the high-noise expert; --guidance-scale is then that of the low-noise one",
     )
 
     def __post_init__(self) -> None:

@@ -101,6 +101,8 @@ class Host:
         key = secrets.token_bytes(32)
         self._listener = Listener(self._address, family="AF_UNIX", backlog=64, authkey=key)
         environment = {**os.environ, "DENOISED_HOST_KEY": key.hex(), "OMP_NUM_THREADS": "1"}
+        # Asking the CUDA driver for devices would leave the forked ranks without CUDA; NVML may be asked.
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         if environment.get("DENOISED_KEEP_PAGES", "1") != "0":
             environment = {**KEEP_PAGES, **environment}
         if sys.platform.startswith("linux"):
