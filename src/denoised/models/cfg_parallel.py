@@ -17,13 +17,13 @@ This file does not know what a model or a scheduler is. Guide: docs/cfg_parallel
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 
+from denoised.models.branch_exchange import Outputs, exchange
 from denoised.steps.current import inside_engine
 from denoised.steps.deferred import Deferred
 
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 Prediction: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 """What a branch predicts: a tensor [batch, sequence, ...], or one for each modality (video, audio)."""
-Outputs: TypeAlias = tuple[torch.Tensor, ...]
 Scale: TypeAlias = float | torch.Tensor
 Branch: TypeAlias = Mapping[str, Any]
 
@@ -198,7 +197,7 @@ class CFGParallelMixin:
         group = self._active_group()
         if group is None:
             return self.scheduler_step(noise_pred, t, latents)
-        (stepped,) = _exchange(group, lambda: [_as_tuple(self.scheduler_step(noise_pred, t, latents))], num_items=1)
+        (stepped,) = exchange(group, lambda: [_as_tuple(self.scheduler_step(noise_pred, t, latents))], num_items=1)
         return _unwrap(stepped)
 
     def check_cfg_parallel_validity(self, true_cfg_scale: float, has_neg_prompt: bool) -> bool:
@@ -226,7 +225,7 @@ class CFGParallelMixin:
             outputs = [_as_tuple(self.predict_noise(**branch)) for branch in branches[first::stride]]
             return [tuple(_cut(tensor, output_slice) for tensor in output) for output in outputs]
 
-        outputs = run() if group is None else _exchange(group, run, num_items=len(branches))
+        outputs = run() if group is None else exchange(group, run, num_items=len(branches))
         return [_unwrap(output) for output in outputs]
 
     def _combine(self, predictions: Sequence[Prediction], scales: Sequence[Scale], normalize: bool) -> Prediction:
@@ -287,85 +286,3 @@ def _cut(tensor: torch.Tensor, output_slice: int | None) -> torch.Tensor:
         raise TypeError(f"a prediction must be a tensor or a tuple of tensors, got {type(tensor).__name__}")
     # Contiguous also on one rank: a tensor that has travelled is, and a norm over other strides may round otherwise.
     return (tensor if output_slice is None else tensor[:, :output_slice]).contiguous()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """What a rank needs to know of a tensor in order to receive it."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device_type: str
-
-    def empty(self) -> torch.Tensor:
-        # No index: each rank receives on its own current device.
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device_type)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Report:
-    """What a rank tells the others before any data travels, so that all of them go on, or none does."""
-
-    num_items: int
-    layouts: list[tuple[_Layout, ...]]
-    error: str | None
-
-
-def _exchange(group: dist.ProcessGroup, run: Callable[[], list[Outputs]], *, num_items: int) -> list[Outputs]:
-    """Call `run` for this rank's items, and give every rank all of them: item i is the (i // n)th of rank i mod n.
-
-    Raises:
-        RuntimeError: `run` failed on another rank. Where it failed here, its own exception.
-        ValueError: the ranks disagree on num_items.
-    """
-    mine, error = _attempt(run)
-    reports = _all_reports(group, _report(mine, error, num_items))
-    _raise_if_failed(reports, error)
-    rank, size = dist.get_rank(group), len(reports)
-    places = [(i % size, i // size) for i in range(num_items)]
-    outputs = [mine[k] if owner == rank else _receivers(reports[owner].layouts[k]) for owner, k in places]
-    _broadcast(group, outputs)
-    return outputs
-
-
-def _attempt(run: Callable[[], list[Outputs]]) -> tuple[list[Outputs], Exception | None]:
-    """Not for what ends the process: KeyboardInterrupt and SystemExit pass."""
-    try:
-        return [tuple(tensor.detach().contiguous() for tensor in output) for output in run()], None
-    except Exception as error:
-        return [], error
-
-
-def _report(mine: list[Outputs], error: Exception | None, num_items: int) -> _Report:
-    layouts = [tuple(_Layout(shape=t.shape, dtype=t.dtype, device_type=t.device.type) for t in o) for o in mine]
-    message = None if error is None else f"{type(error).__name__}: {error}"
-    return _Report(num_items=num_items, layouts=layouts, error=message)
-
-
-def _all_reports(group: dist.ProcessGroup, report: _Report) -> list[_Report]:
-    reports: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(reports, report, group=group)
-    return reports
-
-
-def _raise_if_failed(reports: list[_Report], error: Exception | None) -> None:
-    if error is not None:
-        raise error
-    for rank, report in enumerate(reports):
-        if report.error is not None:
-            raise RuntimeError(f"rank {rank} of the CFG group failed: {report.error}")
-    if len({report.num_items for report in reports}) > 1:
-        raise ValueError(f"the ranks have different numbers of branches: {[report.num_items for report in reports]}")
-
-
-def _receivers(layouts: tuple[_Layout, ...]) -> Outputs:
-    return tuple(layout.empty() for layout in layouts)
-
-
-def _broadcast(group: dist.ProcessGroup, outputs: list[Outputs]) -> None:
-    """Fill in place; item i comes from rank i mod n. As bytes, because no backend sends every dtype."""
-    size = dist.get_world_size(group)
-    sent = [(tensor.reshape(-1).view(torch.uint8), i % size) for i, output in enumerate(outputs) for tensor in output]
-    works = [dist.broadcast(data, group=group, group_src=source, async_op=True) for data, source in sent]
-    for work in works:
-        work.wait()
