@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from denoised.runtime.load import BUILTIN
 from tests import tiny
-from tests.cli import refused
+from tests.cli import denoised, refused
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in tiny.UPSTREAM_WARNINGS]
 
@@ -52,7 +52,14 @@ EARLY = [
     ("--cfg-parallel-size 0", ("cfg_parallel_size=0", "at least 1")),
     ("--sequence-parallel-size 4", ("sequence_parallel_size=4", "ulysses_degree")),
     ("--default-sampling-params [1]", ("--default-sampling-params", "JSON")),
+    ('--default-sampling-params {"height":0}', ("default_sampling_params", "height=0", "at least 1")),
+    ('--default-sampling-params {"hieght":64}', ("default_sampling_params", "'hieght'", "'height'")),
     ("--extra-args {", ("--extra-args", "JSON")),
+    ('--extra-args {"height":0}', ("height=0", "at least 1")),
+    ("--cfg-scale 1e300", ("cfg_scale=1e+300", "at most 1000")),
+    ("--flow-shift 0", ("flow_shift=0", "at least 0.001")),
+    ("--num-threads 100000", ("num_threads=100000", "at most")),
+    ("--cfg-parallel-size 100000", ("cfg_parallel_size=100000", "at most")),
     ("--prompt again", ("--prompt", "once")),
     ("--hieght 64", ("--hieght", "--height")),
     ("--image nowhere.png", ("image='nowhere.png'", "no such file")),
@@ -125,7 +132,9 @@ LATE = [
     (["--height", 16 * 10**30], ("height", "max_pixels")),
     (["--prompt", "x" * 100_000], ("prompt has 100000 characters", "shorten")),
     (["--negative-prompt", "x" * 100_000], ("negative_prompt has 100000 characters", "shorten")),
+    (["--prompt", "\udcff"], ("prompt holds bytes that are no text",)),
     (["--num-frames", 5], ("num_frames=5", "does not take it")),
+    (["--fps", 30], ("fps=30", "makes no video")),
     (["--strength", 0.5], ("strength=0.5", "does not take it")),
     (["--extra-args", '{"no_such": 1}'], ("'no_such'", "extra_args")),
     (["--boundary-ratio", 0.5], ("boundary_ratio", "leave it out")),
@@ -142,6 +151,16 @@ def test_refused_by_the_model(flags: list[object], says: tuple[str, ...], model:
     prompt = [] if "--prompt" in flags else ["--prompt", "a cat"]
     message = refused(tmp_path, "--model", model, "--output", tmp_path / "out.png", *prompt, *flags)
     assert all(word in message for word in says), message
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")  # the scheduler's
+def test_a_black_picture_is_no_answer(model: Path, tmp_path: Path) -> None:
+    """This scheduler stretches its schedule to a last sigma, which one step cannot have: it becomes NaN."""
+    flags = ("--num-inference-steps", 1, "--height", 64, "--width", 64, "--output", tmp_path / "out.png")
+    result = denoised("generate", "a cat", "--model", model, *flags)
+    assert result.exit_code == 2
+    assert "not finite; use more steps" in result.stderr.splitlines()[-1]  # after the progress bar
+    assert not os.listdir(tmp_path)
 
 
 def test_no_prompt(model: Path, tmp_path: Path) -> None:

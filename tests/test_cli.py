@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,9 @@ def test_ctrl_c_stops_cleanly(ranks: int, model: Path, tmp_path: Path) -> None:
 
 
 def _info(**settings: Any) -> ModelInfo:
-    defaults: dict[str, Any] = {"kind": "image", "size_multiple": 16, "branching_config": frozenset(), "device": "cpu"}
-    return ModelInfo(**{"model": "m", "pipeline": "SomePipeline", "dtype": "float32", **defaults, **settings})
+    """A model that takes what `settings` says; the rest does not matter here."""
+    needed = (f.name for f in fields(ModelInfo) if f.default is MISSING and f.default_factory is MISSING)
+    return ModelInfo(**{**dict.fromkeys(needed), "pipeline": "SomePipeline", **settings})
 
 
 def _onto(scales: Scales, params: dict[str, float], *parameters: str, negative: str | None = None) -> tuple[Any, ...]:
@@ -199,3 +201,24 @@ def test_models_prints_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[1].split() == ["Some-Image", "yes", "yes"]
     assert lines[2].split() == ["Other-Image", "yes", "no", "(1)"]
     assert lines[3] == "(1) one call a step"
+
+
+def test_input_images_have_the_channels_that_the_model_reads(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("layered")
+    model = tiny.checkpoint("qwen_image_layered", folder)
+    Image.new("RGB", (64, 64), "red").save(folder / "in.png")
+    flags = ("--layers", 2, "--num-inference-steps", 2, "--image", folder / "in.png", "-o", folder / "out.png")
+    with tiny.small_images():
+        result = denoised("generate", "a cat", "--model", model, *flags)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in folder.glob("out*.png")) == ["out.png", "out_1.png"]
+
+
+@pytest.mark.parametrize(("row", "suffix"), [("wan22_ti2v", ".mp4"), ("stable_audio", ".wav")])
+def test_video_and_sound(row: str, suffix: str, tmp_path: Path) -> None:
+    model = tiny.checkpoint(row, tmp_path)
+    size = ("--num-frames", 5, "--height", 32, "--width", 32, "--fps", 8) if suffix == ".mp4" else ()
+    flags = (*size, "--num-inference-steps", 2, "-o", tmp_path / f"out{suffix}")
+    result = denoised("generate", "a cat", "--model", model, *flags)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / f"out{suffix}").stat().st_size > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -126,3 +127,59 @@ def test_any_chain_of_operations_equals_the_eager_one(names: list[str]) -> None:
     for name in names:
         eager, lazy = OPERATIONS[name](eager, other), OPERATIONS[name](lazy, other)
     assert torch.equal(plain(lazy), eager)
+
+
+def _scale(lazy: Any) -> None:
+    lazy.mul_(3)
+
+
+def _add(lazy: Any) -> None:
+    lazy += 1
+
+
+def _set(lazy: Any) -> None:
+    lazy[0] = 7.0
+
+
+@pytest.mark.parametrize("change", [_scale, _add, _set])
+def test_in_place_change_of_a_prediction_is_never_seen_by_an_earlier_use(change: Any) -> None:
+    """`double` was written before the change: a wrong picture would follow, so it is an error."""
+    prediction = Clock().call(torch.ones(3))
+    double = prediction * 2
+    change(prediction)
+    with pytest.raises(RuntimeError, match="defer=False"):
+        plain(double)
+    assert plain(prediction * 2).tolist() == (prediction.force() * 2).tolist(), "a later use sees it"
+
+
+def test_in_place_operator_changes_the_tensor_that_other_names_see() -> None:
+    prediction = Clock().call((torch.ones(3),), 1)[0]
+    same = prediction
+    prediction += 1
+    assert plain(same).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_later_use_of_a_changed_prediction_beside_a_pending_one() -> None:
+    clock = Clock()
+    first = clock.call(torch.ones(2))
+    first.mul_(3)
+    total = first + clock.call(torch.ones(2))
+    assert plain(total).tolist() == [4.0, 4.0]
+
+
+def test_protocols_of_other_libraries_see_the_value() -> None:
+    clock = Clock()
+    assert np.asarray(clock.call(torch.arange(3.0))).tolist() == [0.0, 1.0, 2.0]
+    assert copy.deepcopy(clock.call(torch.arange(3.0))).tolist() == [0.0, 1.0, 2.0]
+    assert copy.copy([clock.call(torch.ones(1))]) is not None
+    assert list(range(clock.call(torch.tensor(3)))) == [0, 1, 2]
+    mask = clock.call(torch.tensor([True, False])) & torch.tensor([True, True])
+    assert plain(mask).tolist() == [True, False]
+
+
+def test_random_numbers_are_drawn_in_program_order() -> None:
+    clock, generator = Clock(), torch.Generator().manual_seed(0)
+    torch.nn.functional.dropout1d(clock.call(torch.ones(2, 2)))
+    assert clock.waits == 1
+    torch.bernoulli(clock.call(torch.ones(2)) * 0.5, generator=generator)
+    assert clock.waits == 2

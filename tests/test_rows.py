@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from denoised.features.guidance import Guidance
 from denoised.steps import rows
+from denoised.steps.ambient import Ambient
 from denoised.steps.deferred import Source
-from denoised.steps.forward import Ambient, Call, Stage, Target, running
+from denoised.steps.forward import Call, Stage, Target, running
 from denoised.steps.rows import Piece, Placement, RowRules
 
 RULES = RowRules(shared=frozenset({"ids"}), lists=frozenset({"captions"}))
@@ -103,3 +107,115 @@ def test_wrong_split_is_found_out() -> None:
     mixed.target = Target(name="transformer", method="forward", stage=Stage.DENOISE, function=mixing)
     assert rows.agree([Piece(call=honest, rows=(r,), batch=2) for r in range(2)], RULES)
     assert not rows.agree([Piece(call=mixed, rows=(r,), batch=2) for r in range(2)], RULES)
+
+
+def test_each_piece_of_a_joined_forward_owns_its_output() -> None:
+    """Neither its memory nor its version counter is shared: what one request does in place is its own business."""
+    calls = [call(2, task, seed) for seed, task in enumerate("ab")]
+    first, second = rows.run([Piece(call=c, rows=(0, 1), batch=2) for c in calls], RULES)
+    version = second[0]._version
+    first[0].zero_()
+    assert second[0]._version == version
+    assert first[0].untyped_storage().nbytes() == first[0].numel() * 4
+    assert torch.equal(second[0], calls[1].run()[0])
+
+
+def test_objects_join_only_with_themselves() -> None:
+    """A repr can hide a difference: long arrays are abridged, classes print what they like."""
+
+    class Quiet:
+        def __repr__(self) -> str:
+            return "Quiet()"
+
+    one, other = call(1), call(1)
+    one.kwargs["extra"]["flag"] = other.kwargs["extra"]["flag"] = same = Quiet()
+    assert rows.signature(one, RULES) == rows.signature(other, RULES)
+    for different in (Quiet(), np.arange(5000)):
+        other.kwargs["extra"]["flag"] = different
+        one.kwargs["extra"]["flag"] = same if isinstance(different, Quiet) else different * 1
+        assert rows.signature(one, RULES) != rows.signature(other, RULES)
+
+
+def test_rules_in_doubt_are_checked_again_when_other_arguments_carry_rows() -> None:
+    """Two rows of three positions split; with two positions, shapes lie: positions are not rows."""
+
+    def attends(hidden: Any, positions: Any) -> Any:
+        return hidden + positions.sum()
+
+    def ask(guidance: Guidance, num_positions: int, task: str) -> int:
+        target = Target(name="transformer", method="forward", stage=Stage.DENOISE, function=attends)
+        asked = Call(
+            task_id=task,
+            target=target,
+            args=(torch.ones(2, 4), torch.arange(1.0, 1 + num_positions)),
+            kwargs={},
+            branch=0,
+            ambient=Ambient.capture(),
+            source=Source(lambda: None),
+        )
+        return len(guidance.run([asked]).pieces)
+
+    doubtful = RowRules(trusted=False)
+    guidance = Guidance(rules=lambda _: doubtful, num_ranks=2, rank=0, join=False, max_rows=4)
+    assert ask(guidance, 3, "a") == 2
+    assert ask(guidance, 2, "b") == 1
+    assert ask(guidance, 3, "c") == 2
+
+
+def test_a_forward_that_asserts_about_its_rows_is_not_split() -> None:
+    def picky(hidden: Any, timestep: Any, **_: Any) -> Any:
+        assert hidden.shape[0] == 2
+        return (hidden,)
+
+    whole = call(2)
+    whole.target = Target(name="transformer", method="forward", stage=Stage.DENOISE, function=picky)
+    assert not rows.agree([Piece(call=whole, rows=(r,), batch=2) for r in range(2)], RULES)
+
+
+def test_placement_and_work_forget_a_request() -> None:
+    guidance = Guidance(rules=lambda _: RULES, num_ranks=1, rank=0, join=True, max_rows=4)
+    bad = call(1, "bad")
+    bad.target = Target(name="transformer", method="forward", stage=Stage.DENOISE, function=lambda *a, **k: 1 / 0)
+    outcome = guidance.run([call(2, "good"), bad])
+    assert [key[0] for key in outcome.errors] == ["bad"]
+    for task in ("good", "bad"):
+        guidance.release(task)
+    assert not guidance.work
+    assert not guidance.placement._rank
+    assert not guidance.placement._cost
+
+
+def test_joined_forward_runs_under_the_thread_state_of_its_calls() -> None:
+    seen: list[bool] = []
+
+    def look(hidden: Any) -> Any:
+        seen.append(torch.is_grad_enabled())
+        return (hidden,)
+
+    def pieces(tasks: str) -> list[Piece]:
+        made = [call(1, task) for task in tasks]
+        for one in made:
+            one.target, one.args, one.kwargs = dataclasses.replace(one.target, function=look), (torch.ones(1, 2),), {}
+        return [Piece(call=one, rows=(0,), batch=1) for one in made]
+
+    with torch.no_grad():
+        quiet = pieces("ab")
+    rows.run(quiet, RULES)
+    rows.run(pieces("ab"), RULES)
+    assert seen == [False, True]
+    assert rows.signature(quiet[0].call, RULES) != rows.signature(pieces("c")[0].call, RULES)
+
+
+def test_calls_join_only_if_what_they_share_is_equal() -> None:
+    def forwards(other_ids: torch.Tensor) -> list[int]:
+        guidance = Guidance(rules=lambda _: RULES, num_ranks=1, rank=0, join=True, max_rows=8)
+        calls = [call(2, "a"), call(2, "b", seed=1)]
+        calls[1].kwargs["ids"] = other_ids
+        outcome = guidance.run(calls)
+        results = guidance.finish(calls, outcome, None)
+        for one in calls:
+            assert torch.equal(results[one][0], one.run()[0])
+        return [guidance.work[task].rows_joined for task in "ab"]
+
+    assert forwards(torch.arange(2)) == [2, 2]
+    assert forwards(torch.tensor([5, 6])) == [0, 0]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from denoised.checks import bounded, check_fields
-from denoised.errors import InvalidConfigError
+from denoised.errors import InvalidConfigError, InvalidRequestError
+from denoised.request import OmniDiffusionSamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,9 @@ class DiffusionParallelConfig:
     ulysses_degree: int = bounded(1, minimum=1, help="ranks that exchange heads for sequence shards")
     ring_degree: int = bounded(1, minimum=1, help="ranks that pass keys and values round a ring")
     ulysses_mode: str = bounded("strict", choices=("strict", "advanced_uaa"), help="uneven lengths and heads")
-    cfg_parallel_size: int = bounded(1, minimum=1, help="ranks that guidance branches and requests are dealt to")
+    cfg_parallel_size: int = bounded(
+        1, minimum=1, maximum=64, help="ranks that guidance branches and requests are dealt to"
+    )
     vae_patch_parallel_size: int = bounded(1, minimum=1, help="ranks that VAE tiles are dealt to")
     text_encoder_tp_size: int = bounded(1, minimum=1, help="ranks that share each text encoder matrix")
     use_hsdp: bool = bounded(False, help="shard weights per block, gathered as they are used")
@@ -75,7 +78,9 @@ class EngineConfig:
     dtype: str | None = bounded(
         None, choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on GPU, float32 on CPU"
     )
-    num_threads: int | None = bounded(None, minimum=1, help="CPU threads of each rank; default: cores over ranks")
+    num_threads: int | None = bounded(
+        None, minimum=1, maximum=1024, help="CPU threads of each rank; default: cores over ranks"
+    )
     deterministic: bool = bounded(False, help="never join rows of different requests: bytes do not depend on load")
     plugins: tuple[str, ...] = bounded((), help="modules that every rank imports first: own pipelines and components")
     max_num_seqs: int = bounded(8, minimum=1, help="requests in flight at once; the rest wait")
@@ -83,7 +88,9 @@ class EngineConfig:
     max_pixels: int = bounded(4096 * 4096, minimum=1, help="largest height x width of a request")
     max_prompt_chars: int = bounded(20_000, minimum=1, help="longest prompt of a request")
     boundary_ratio: float | None = bounded(None, minimum=0, maximum=1, help="where two-expert models switch")
-    flow_shift: float | None = bounded(None, minimum=0, help="timestep shift of flow-matching schedulers")
+    flow_shift: float | None = bounded(
+        None, minimum=1e-3, maximum=1000, help="timestep shift of flow-matching schedulers"
+    )
     vae_use_slicing: bool = bounded(False, help="decode one image of a batch at a time")
     vae_use_tiling: bool = bounded(False, help="decode in tiles")
     enforce_eager: bool = bounded(False, help="never compile; blocks are not compiled yet, so this holds already")
@@ -102,6 +109,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        try:
+            OmniDiffusionSamplingParams().with_defaults(self.default_sampling_params)
+        except InvalidRequestError as error:
+            raise InvalidConfigError(f"default_sampling_params: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

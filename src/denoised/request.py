@@ -50,14 +50,20 @@ class OmniDiffusionSamplingParams:
     seed: int | None = bounded(None, minimum=0, maximum=2**63 - 1, help="seed; default: drawn, and in the receipt")
     generator: Any = bounded(None, help="a torch.Generator instead of a seed; its state is copied, not advanced")
     num_outputs_per_prompt: int = bounded(1, minimum=1, maximum=64, help="images or videos of one prompt")
-    guidance_scale: float | None = bounded(None, minimum=0, help="guidance of the model's own kind")
-    guidance_scale_2: float | None = bounded(None, minimum=0, help="guidance of the second, low-noise expert")
-    true_cfg_scale: float | None = bounded(None, minimum=0, help="classifier-free guidance with a negative prompt")
+    guidance_scale: float | None = bounded(None, minimum=0, maximum=1000, help="guidance of the model's own kind")
+    guidance_scale_2: float | None = bounded(
+        None, minimum=0, maximum=1000, help="guidance of the second, low-noise expert"
+    )
+    true_cfg_scale: float | None = bounded(
+        None, minimum=0, maximum=1000, help="classifier-free guidance with a negative prompt"
+    )
     guidance_rescale: float | None = bounded(None, minimum=0, maximum=1, help="rescale after guidance")
     cfg_normalize: bool | None = bounded(None, help="give the guided prediction the norm of the conditional one")
     strength: float | None = bounded(None, minimum=0, maximum=1, help="how far to move from the input image")
     boundary_ratio: float | None = bounded(None, minimum=0, maximum=1, help="where two-expert models switch")
-    flow_shift: float | None = bounded(None, minimum=0, help="timestep shift of flow-matching schedulers")
+    flow_shift: float | None = bounded(
+        None, minimum=1e-3, maximum=1000, help="timestep shift of flow-matching schedulers"
+    )
     max_sequence_length: int | None = bounded(None, minimum=1, help="prompt tokens")
     resolution: int | None = bounded(None, minimum=1, help="resolution bucket of layered models")
     layers: int | None = bounded(None, minimum=1, maximum=64, help="layers of layered models")
@@ -77,27 +83,65 @@ class OmniDiffusionSamplingParams:
         check_fields(self, InvalidRequestError)
         if self.seed is not None and self.generator is not None:
             raise InvalidRequestError(f"seed={self.seed} and generator are both given; give one of them.")
+        self._refuse_two_schedules()
         self._refuse_absent_features()
+        own = {f.name: self.extra_args[f.name] for f in fields(self) if f.name in self.extra_args}
+        if own:
+            type(self)(**own)  # the same bounds hold, wherever a parameter is written
 
     def _refuse_absent_features(self) -> None:
-        for name in ("lora_request", "lora_scale", "enable_frame_interpolation", "frame_interpolation_model_path"):
+        names = (f.name for f in fields(self) if f.name.startswith(("lora_", "frame_interpolation_")))
+        for name in ("enable_frame_interpolation", *names):
             if getattr(self, name) not in (None, False):
                 raise InvalidRequestError(f"{name} is not available in this version; leave it out.")
+
+    def _refuse_two_schedules(self) -> None:
+        if self.sigmas is not None and self.timesteps is not None:
+            raise InvalidRequestError("sigmas and timesteps are both given; give one of them.")
+        for name in ("sigmas", "timesteps"):
+            steps = getattr(self, name)
+            if steps is not None and self.num_inference_steps not in (None, len(steps)):
+                raise InvalidRequestError(
+                    f"num_inference_steps={self.num_inference_steps} and {name} with {len(steps)} entries are both "
+                    "given; leave num_inference_steps out."
+                )
 
     def without_generator(self) -> OmniDiffusionSamplingParams:
         """The same parameters for another process, where the generator's state travels beside them."""
         return replace(self, generator=None)
 
     def with_defaults(self, defaults: dict[str, Any]) -> OmniDiffusionSamplingParams:
-        """These parameters, with `defaults` where they were left out."""
+        """These parameters, with `defaults` where they were left out; `extra_args` counts as given."""
+        names = {f.name for f in fields(self)}
+        moved = {k: v for k, v in self.extra_args.items() if k in names}
+        if moved:
+            twice = [k for k, v in moved.items() if getattr(self, k) not in (None, v)]
+            if twice:
+                raise InvalidRequestError(f"{twice[0]} is given twice, also in extra_args; give it once.")
+            rest = {k: v for k, v in self.extra_args.items() if k not in names}
+            return replace(self, **moved, extra_args=rest).with_defaults(defaults)
         problem = unknown_names(defaults, (f.name for f in fields(self)), "default_sampling_params")
         if problem:
             raise InvalidRequestError(problem)
         unset = {
             f.name: f.default for f in fields(self) if f.default is None or isinstance(f.default, bool | int | str)
         }
-        missing = {k: v for k, v in defaults.items() if getattr(self, k) == unset.get(k, {})}
-        return replace(self, **missing)
+        missing = {k: v for k, v in defaults.items() if k in unset and _same(getattr(self, k), unset[k])}
+        for given, instead in (("generator", "seed"), *((s, o) for s in _SCHEDULES for o in _SCHEDULES)):
+            if getattr(self, given) is not None:
+                missing.pop(instead, None)
+        if self.seed is not None:
+            missing.pop("generator", None)
+        return replace(self, **missing, extra_args={**defaults.get("extra_args", {}), **self.extra_args})
+
+
+# Three ways to say the same; a default of one gives way to a request's own word in another.
+_SCHEDULES = ("num_inference_steps", "sigmas", "timesteps")
+
+
+def _same(value: Any, unset: Any) -> bool:
+    """Tensors and arrays do not compare with ==."""
+    return value is unset or (isinstance(value, bool | int | float | str) and value == unset)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,4 +257,15 @@ def as_prompt(prompt: Any) -> PromptDict:
     for key in ("prompt", "negative_prompt"):
         if not isinstance(prompt.get(key), str | None):
             raise InvalidRequestError(f"{key} must be a string, not {type(prompt[key]).__name__}.")
-    return cast(PromptDict, prompt)
+        if not _is_text(prompt.get(key) or ""):
+            raise InvalidRequestError(f"{key} holds bytes that are no text; give it in UTF-8.")
+    return cast(PromptDict, dict(prompt))  # the caller may go on to change its own
+
+
+def _is_text(value: str) -> bool:
+    """False for the lone surrogates that stand for undecodable bytes of a command line."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

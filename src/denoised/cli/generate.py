@@ -60,10 +60,8 @@ def generate(
     params = OmniDiffusionSamplingParams(**given(SAMPLING, values))
     scales = Scales(**given(GUIDANCE, values))
     request = prompt_dict(prompt, prompt_flag, negative_prompt)
-    if image:
-        pictures = [images.read(path, max_pixels=config.max_pixels) for path in image]
-        request["multi_modal_data"] = {"image": pictures if len(pictures) > 1 else pictures[0]}
-    result, paths = _run(settings, request, params, scales, output)
+    pictures = [images.read(path, max_pixels=config.max_pixels) for path in image or ()]
+    result, paths = _run(settings, request, pictures, params, scales, output)
     _report(result, paths, as_json=as_json)
 
 
@@ -92,6 +90,7 @@ def prompt_dict(prompt: str | None, flag: str | None, negative: str | None) -> P
 def _run(
     settings: dict[str, Any],
     request: PromptDict,
+    pictures: list[Any],
     params: OmniDiffusionSamplingParams,
     scales: Scales,
     output: Path | None,
@@ -104,6 +103,9 @@ def _run(
     with loading(str(settings.get("model", "shapes"))):
         engine = Omni(**settings)
     with engine:
+        if pictures:
+            converted = [picture.convert(engine.info.image_mode) for picture in pictures]
+            request["multi_modal_data"] = {"image": converted if len(converted) > 1 else converted[0]}
         params, request = scales.onto(params, request, engine.info)
         target = files.target_for(output, engine.info.kind, engine.info.pipeline)
         [result] = engine.generate([request], params)
@@ -114,8 +116,6 @@ def _run(
 
 def _report(result: OmniRequestOutput, paths: list[Path], *, as_json: bool) -> None:
     assert result.receipt is not None
-    for note in result.receipt.notes:
-        print(f"Note: {note}", file=sys.stderr)
     if as_json:
         receipt = result.receipt.as_dict()
         json.dump({"outputs": [str(path) for path in paths], "receipt": receipt}, sys.stdout, indent=2)

@@ -16,6 +16,10 @@ from denoised.steps.forward import Call
 from denoised.steps.rows import Piece, Placement, RowRules
 from denoised.steps.wire import Parcel, Wire
 
+CHANGED = (
+    "an argument was changed in place after the call and before it was computed; set defer=False in the model's spec"
+)
+
 
 @dataclass(kw_only=True)
 class Work:
@@ -51,15 +55,18 @@ class Guidance:
         self._rules, self._join, self._max_rows, self._rank = rules, join, max_rows, rank
         self.placement = Placement(num_ranks=num_ranks)
         self.work: dict[str, Work] = {}
-        self._verdicts: dict[tuple[str, str], bool] = {}
+        self._verdicts: dict[Any, bool] = {}
 
     def run(self, calls: Sequence[Call]) -> Outcome:
         """Deal `calls` and run this rank's part. No collective happens here, so an error here cannot hang others."""
+        changed = {call for call in calls if call.versions is not None and call.versions.changed}
         pieces = [
-            item for call in calls for item in self.placement.deal(call, splittable=self._splittable(call)).items()
+            item
+            for call in calls
+            for item in self.placement.deal(call, splittable=call not in changed and self._splittable(call)).items()
         ]
-        outcome = Outcome(pieces=pieces)
-        mine = [piece for rank, piece in pieces if rank == self._rank]
+        outcome = Outcome(pieces=pieces, errors={p.key: CHANGED for _, p in pieces if p.call in changed})
+        mine = [piece for rank, piece in pieces if rank == self._rank and piece.call not in changed]
         groups = rows.group(mine, self._rules, self._may_join, self._max_rows if self._join else 1)
         for together in groups:
             self._run_group(together, outcome)
@@ -70,7 +77,7 @@ class Guidance:
         good = [(rank, piece) for rank, piece in outcome.pieces if piece.key not in outcome.errors]
         outputs = outcome.outputs
         if wire is not None:
-            parcels = [Parcel(rank=rank, key=piece.key, layout_key=self._layout_key(piece)) for rank, piece in good]
+            parcels = [Parcel(rank=rank, key=piece.key) for rank, piece in good]
             outputs = wire.exchange(parcels, {k: v for k, v in outputs.items() if k not in outcome.errors})
         results = {}
         for call in calls:
@@ -83,9 +90,6 @@ class Guidance:
         """Forget a request; what was done for it here."""
         self.placement.release(task_id)
         return self.work.pop(task_id, Work())
-
-    def _layout_key(self, piece: Piece) -> Any:
-        return (len(piece.rows), rows.signature(piece.call, self._rules(piece.call)))
 
     def _run_group(self, pieces: list[Piece], outcome: Outcome) -> None:
         started = time.perf_counter()
@@ -119,7 +123,7 @@ class Guidance:
         if rules.whole or batch == 1 or self.placement.num_ranks == 1:
             return not rules.whole
         singles = [Piece(call=call, rows=(row,), batch=batch) for row in range(batch)]
-        return rules.trusted or self._verdict(("split", call.target.name), singles)
+        return rules.trusted or self._verdict("split", singles)
 
     def _may_join(self, first: Piece, other: Piece) -> bool:
         rules = self._rules(first.call)
@@ -127,9 +131,12 @@ class Guidance:
             return False
         if rules.trusted or first.call.task_id == other.call.task_id:
             return True
-        return self._verdict(("join", first.call.target.name), [first, other])
+        return self._verdict("join", [first, other])
 
-    def _verdict(self, question: tuple[str, str], pieces: list[Piece]) -> bool:
+    def _verdict(self, doubt: str, pieces: list[Piece]) -> bool:
+        call, rules = pieces[0].call, self._rules(pieces[0].call)
+        sizes = tuple(len(piece.rows) for piece in pieces)
+        question = (doubt, call.target.name, sizes, rows.row_pattern(call, rules))
         if question not in self._verdicts:
-            self._verdicts[question] = rows.agree(pieces, self._rules(pieces[0].call))
+            self._verdicts[question] = rows.agree(pieces, rules)
         return self._verdicts[question]

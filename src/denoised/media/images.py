@@ -15,7 +15,7 @@ QUALITY = 95
 
 
 def read(path: Path, *, max_pixels: int) -> Image.Image:
-    """An input image in RGB or RGBA. Its size is read before its pixels.
+    """An input image, in RGBA so that nothing of it is lost. Its size is read before its pixels.
 
     Raises:
         InvalidRequestError: no such file, no image, or more than `max_pixels`.
@@ -27,7 +27,7 @@ def read(path: Path, *, max_pixels: int) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is next
             file = Image.open(path)
         with file:
-            pixels = None if file.width * file.height > max_pixels else _decoded(file)
+            pixels = None if file.width * file.height > max_pixels else file.convert("RGBA")
     except FileNotFoundError as error:
         raise InvalidRequestError(f"image={str(path)!r}: no such file; check the path.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -38,10 +38,6 @@ def read(path: Path, *, max_pixels: int) -> Image.Image:
             "make it smaller or raise max_pixels."
         )
     return pixels
-
-
-def _decoded(image: Image.Image) -> Image.Image:
-    return image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
 
 
 def write(image: Image.Image, path: Path) -> None:

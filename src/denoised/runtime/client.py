@@ -6,22 +6,26 @@ A request gives the same result whenever it is run, because its seed is fixed be
 
 from __future__ import annotations
 
+import atexit
+import collections
 import dataclasses
+import logging
 import queue
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from denoised.config import EngineConfig, validate
-from denoised.errors import EngineError, ModelError, RequestAbortedError
+from denoised.errors import EngineError, ModelError, RequestAbortedError, one_line
 from denoised.request import OmniRequestOutput, Progress, Request
 from denoised.runtime import launch, load
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.protocol import Command, Event, Failed, Profiled, RankSpec, Ready
 from denoised.runtime.scheduler import Scheduler
+
+_log = logging.getLogger(__name__)
 
 Listener = Callable[[Progress | OmniRequestOutput], None]
 # A rank that dies while loading dies again; three tries rule out bad luck.
@@ -37,6 +41,17 @@ class Pending:
     request: Request
     listener: Listener
     restarts: int = 0
+    aborted: bool = False
+
+    def tell(self, event: Progress | OmniRequestOutput) -> None:
+        """A listener that raises harms nobody but itself."""
+        try:
+            self.listener(event)
+        except Exception:
+            _log.exception("the listener of request %s raised", self.request.request_id)
+
+
+_Item = tuple[int, int, Event | None] | Callable[[], None]
 
 
 class Client:
@@ -47,7 +62,10 @@ class Client:
         self._scratch: str | None = None
         self._config = self._transportable(config)
         self._torchrun = launch.torchrun_rank()
-        self._inbox: queue.SimpleQueue[tuple[int, int, Event | None] | Callable[[], None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._postponed: collections.deque[_Item] = collections.deque()
+        self._unclaimed: dict[str, OmniRequestOutput] = {}
+        self._door = threading.Lock()
         self._pending: dict[str, Pending] = {}
         self._generation = 0
         self._broken: str | None = None
@@ -63,15 +81,18 @@ class Client:
         self._scheduler = Scheduler(1 if self.info.exclusive else config.max_num_seqs)
         self._thread = threading.Thread(target=self._loop, name="denoised-client", daemon=True)
         self._thread.start()
+        # Before the interpreter takes its threads away in the middle of a forward.
+        atexit.register(self.close)
 
     # ---- for callers, on any thread
 
     def submit(self, request: Request, listener: Listener) -> None:
         """Queue a request; `listener` gets its progress and, last, its output."""
-        if self._closed:
-            listener(_error(request, "the engine is closed."))
-            return
-        self._inbox.put(lambda: self._submit(request, listener))
+        with self._door:  # nothing enters behind `_stop`
+            if not self._closed:
+                self._inbox.put(lambda: self._submit(request, listener))
+                return
+        listener(_error(request, "the engine is closed."))
 
     def abort(self, request_id: str) -> None:
         """Stop a request wherever it stands; its output then says that it was aborted."""
@@ -86,6 +107,8 @@ class Client:
         answer: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
 
         def ask() -> None:
+            if self._broken:
+                answer.put([])
             self._profile_listener = answer.put
             self._send(Command(stop_profile=folder))
 
@@ -99,43 +122,66 @@ class Client:
 
     def close(self) -> None:
         """Stop the ranks; requests without an output fail."""
-        if not self._closed:
+        with self._door:
+            if self._closed:
+                return
             self._closed = True
             self._inbox.put(self._stop)
+        atexit.unregister(self.close)
+        # A listener may close the engine: that thread must not wait for itself.
+        if threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
-            self._shut()
+            if self._thread.is_alive():
+                self._shut()
 
     # ---- on the client's thread
 
     def _loop(self) -> None:
         while True:
-            item = self._inbox.get()
-            if callable(item):
-                item()
-                if self._closed and item == self._stop:
-                    return
-            elif item[0] == self._generation:
-                self._handle(item[1], item[2])
+            item = self._postponed.popleft() if self._postponed else self._inbox.get()
+            try:
+                if callable(item):
+                    item()
+                elif item[0] == self._generation:
+                    self._handle(item[1], item[2])
+            except Exception as error:  # whatever it is, nobody must wait for ever
+                _log.exception("the client failed")
+                self._fail_all(f"the engine cannot run any more: {one_line(error)}")
+            if item == self._stop:
+                self._shut()
+                return
 
     def _submit(self, request: Request, listener: Listener) -> None:
         if self._broken:
-            listener(_error(request, self._broken))
+            Pending(request=request, listener=listener).tell(_error(request, self._broken))
+            return
+        if request.request_id in self._pending:
+            problem = f"request_id={request.request_id!r} is in use; give each request its own."
+            Pending(request=request, listener=listener).tell(_error(request, problem))
             return
         self._pending[request.request_id] = Pending(request=request, listener=listener)
         self._scheduler.add(request.request_id)
+        if (early := self._unclaimed.pop(request.request_id, None)) is not None:
+            self._end(request.request_id, early)
         self._admit()
 
     def _admit(self) -> None:
         for request_id in self._scheduler.admit():
-            self._send(Command(admit=self._pending[request_id].request))
+            request = self._pending[request_id].request
+            try:
+                self._send(Command(admit=request))
+            except Exception as error:
+                problem = f"the request cannot be sent to the ranks ({one_line(error)}); give plain values."
+                self._end(request_id, _error(request, problem))
 
     def _send(self, command: Command) -> None:
-        assert self._ranks is not None
-        if self._torchrun in (None, 0):  # the other ranks of torchrun hear of it from rank 0
+        # The other ranks of torchrun hear of it from rank 0.
+        if self._ranks is not None and self._torchrun in (None, 0):
             self._ranks.send(command)
 
     def _abort(self, request_id: str) -> None:
         if request_id in self._scheduler.running:
+            self._pending[request_id].aborted = True
             self._send(Command(cancel=request_id))
         elif request_id in self._pending:
             self._end(request_id, _error(self._pending[request_id].request, str(RequestAbortedError("aborted"))))
@@ -148,7 +194,7 @@ class Client:
         elif isinstance(event, OmniRequestOutput):
             self._end(event.request_id, event)
         elif isinstance(event, Progress) and event.request_id in self._pending:
-            self._pending[event.request_id].listener(event)
+            self._pending[event.request_id].tell(event)
         elif isinstance(event, Profiled) and self._profile_listener is not None:
             self._profile_listener(event.paths)
 
@@ -159,7 +205,9 @@ class Client:
             if output.receipt is not None and entry.restarts:
                 receipt = dataclasses.replace(output.receipt, restarts=entry.restarts)
                 output = dataclasses.replace(output, receipt=receipt)
-            entry.listener(output)
+            entry.tell(output)
+        elif self._torchrun:  # rank 0's program is ahead of this one, which has yet to ask
+            self._unclaimed[request_id] = output
         self._admit()
 
     def _restart(self, reason: str) -> None:
@@ -169,7 +217,11 @@ class Client:
             self._pending[request_id].restarts += 1
         for request_id in given_up:
             entry = self._pending.pop(request_id)
-            entry.listener(_error(entry.request, f"the engine crashed each time this request ran ({reason})."))
+            entry.tell(_error(entry.request, f"the engine crashed each time this request ran ({reason})."))
+        for request_id in [i for i in again if self._pending[i].aborted]:
+            self._scheduler.remove(request_id)
+            entry = self._pending.pop(request_id)
+            entry.tell(_error(entry.request, str(RequestAbortedError("aborted"))))
         self.restarts += 1
         try:
             if self._torchrun is not None:
@@ -185,7 +237,9 @@ class Client:
         entries, self._pending = list(self._pending.values()), {}
         for entry in entries:
             self._scheduler.remove(entry.request.request_id)
-            entry.listener(_error(entry.request, reason))
+            entry.tell(_error(entry.request, reason))
+        if self._profile_listener is not None:
+            self._profile_listener([])
 
     def _stop(self) -> None:
         self._generation += 1  # whatever the ranks still say is history
@@ -204,40 +258,52 @@ class Client:
         """
         problem = ""
         for _ in range(MAX_STARTS):
-            if self._ranks is not None:
-                self._ranks.kill()
-                self._ranks.join(timeout=10)
+            self._kill_ranks()
+            if self._closed:
+                raise EngineError("it was closed.")
             self._generation += 1
-            self._ranks = self._launch(self._generation)
-            info, problem = self._await_ready()
+            try:
+                self._ranks = self._launch(self._generation)
+            except (EngineError, EOFError, OSError) as error:
+                problem = f"the ranks could not be started ({one_line(error)})."
+                continue
+            try:
+                info, problem = self._await_ready()
+            except BaseException:
+                self._kill_ranks()
+                raise
             if info is not None:
                 return info
+        self._kill_ranks()
         raise EngineError(problem)
+
+    def _kill_ranks(self) -> None:
+        if self._ranks is not None:
+            self._ranks.kill()
+            self._ranks.join(timeout=10)
+            self._ranks = None
 
     def _await_ready(self) -> tuple[ModelInfo | None, str]:
         local = self._torchrun is not None
         waiting = {self._torchrun or 0} if local else set(range(self._config.parallel_config.world_size))
-        later: list[Any] = []
-        try:
-            while True:
-                item = self._inbox.get()
-                if callable(item):
-                    later.append(item)
-                    continue
-                generation, rank, event = item
-                if generation != self._generation:
-                    continue
-                if isinstance(event, Ready):
-                    waiting.discard(rank)
-                    if not waiting:
-                        return event.info, ""
-                elif isinstance(event, Failed) and event.by_user:
-                    raise ModelError(event.error)
-                elif event is None or isinstance(event, Failed):
-                    return None, f"rank {rank} " + (f"failed: {event.error}" if event else "died while it started")
-        finally:
-            for item in later:
-                self._inbox.put(item)
+        while True:
+            item = self._inbox.get()
+            if callable(item):
+                self._postponed.append(item)
+                if item == self._stop:
+                    return None, "it was closed."
+                continue
+            generation, rank, event = item
+            if generation != self._generation:
+                continue
+            if isinstance(event, Ready):
+                waiting.discard(rank)
+                if not waiting:
+                    return event.info, ""
+            elif isinstance(event, Failed) and event.by_user:
+                raise ModelError(event.error)
+            elif event is None or isinstance(event, Failed):
+                return None, f"rank {rank} " + (f"failed: {event.error}" if event else "died while it started")
 
     def _launch(self, generation: int) -> launch.Ranks:
         def deliver(rank: int, event: Event | None) -> None:
@@ -264,7 +330,7 @@ class Client:
     def _shut(self) -> None:
         if self._ranks is not None:
             self._ranks.join(timeout=10)
-            self._ranks.kill()
+        self._kill_ranks()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 

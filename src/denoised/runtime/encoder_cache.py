@@ -34,6 +34,8 @@ class EncoderCache:
         """The content of a call, or None if it must always run."""
         if call.target.stage is not Stage.ENCODE or call.target.method == "generate" or not self._max_bytes:
             return None
+        if call.ambient.grad and not call.ambient.inference:  # an output with a history cannot be copied
+            return None
         digest = hashlib.blake2b(f"{call.target.name}.{call.target.method}".encode(), digest_size=20)
         digest.update(repr(call.ambient).encode())
         try:
@@ -66,10 +68,11 @@ def _content(value: Any) -> Iterator[bytes]:
         yield f"{value.dtype}{tuple(value.shape)}".encode()
         yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     elif isinstance(value, list | tuple):
-        yield type(value).__name__.encode()
+        yield f"{type(value).__name__}{len(value)}".encode()
         for item in value:
             yield from _content(item)
     elif isinstance(value, dict):
+        yield f"{type(value).__name__}{len(value)}".encode()
         for name in sorted(value, key=str):
             yield str(name).encode()
             yield from _content(value[name])

@@ -17,7 +17,7 @@ from typing import Any
 from denoised.errors import InvalidRequestError, RequestAbortedError, one_line
 from denoised.features.guidance import Guidance, Outcome, Work
 from denoised.request import OmniRequestOutput, Progress, RankWork, Receipt, Request
-from denoised.runtime import memory, program
+from denoised.runtime import finite, memory, program
 from denoised.runtime.encoder_cache import EncoderCache
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.profile import RankProfiler, stage
@@ -126,6 +126,8 @@ class Engine:
         if value is not None:
             flight.cache_hits += 1
             return value
+        if call.target.stage is Stage.DECODE:
+            finite.check(call)
         value = flight.task.run_atomic(call)
         flight.cache_misses += key is not None
         self._cache.put(key, value)
@@ -141,6 +143,8 @@ class Engine:
         """Errors of any rank become errors of all; rank 0's commands become everyone's."""
         if self._wire is None:
             return commands()
+        for key, problem in self._wire.prepare(outcome.outputs).items():
+            outcome.errors[key] = problem
         orders = commands() if self._wire.rank == 0 else []
         plan = ([_name(c) for c in calls], [(r, p.key) for r, p in outcome.pieces], [_end(f) for f in self._ended])
         digest = zlib.crc32(repr(plan).encode())
@@ -149,6 +153,8 @@ class Engine:
             for other_errors, other_pieces in self._wire.gather_objects((errors, outcome.errors)):
                 errors.update(other_errors)
                 outcome.errors.update(other_pieces)
+        if header.news:
+            self._wire.learn_layouts()
         return self._wire.from_first(orders) if header.commands else []
 
     def _resolve(self, calls: list[Call], values: dict[Call, Any], errors: dict[int, str], outcome: Outcome) -> None:
@@ -215,8 +221,13 @@ class Engine:
         flight = self._in_flight.pop(request_id, None)
         if flight is not None:
             flight.task.cancel()
-            self._guidance.release(request_id)
+            self._release(request_id)
             self._events.append(_failed(flight.request, RequestAbortedError("aborted")))
+
+    def _release(self, request_id: str) -> Work:
+        if self._wire is not None:
+            self._wire.forget(request_id)
+        return self._guidance.release(request_id)
 
     # ---- results
 
@@ -225,7 +236,7 @@ class Engine:
         if not self._ended:
             return
         ended, self._ended = self._ended, []
-        work = [self._guidance.release(flight.task.task_id) for flight in ended]
+        work = [self._release(flight.task.task_id) for flight in ended]
         everyone = self._wire.gather_objects(work) if self._wire is not None else [work]
         for position, flight in enumerate(ended):
             self._events.append(self._result(flight, [ranks[position] for ranks in everyone]))

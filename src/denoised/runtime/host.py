@@ -29,12 +29,12 @@ def main() -> None:
     while True:
         try:
             spec = connection.recv()
+            pid = os.fork()
+            if pid == 0:
+                _be_rank(spec, connection, address, key)
+            connection.send(pid)
         except (EOFError, OSError):
-            os._exit(0)
-        pid = os.fork()
-        if pid == 0:
-            _be_rank(spec, connection, address, key)
-        connection.send(pid)
+            os._exit(0)  # the client is gone
 
 
 def _import_heavy() -> None:
@@ -52,9 +52,11 @@ def _be_rank(spec: object, host: PickleChannel, address: str, key: bytes) -> Non
         from denoised.runtime.worker import run_rank
 
         channel = PickleChannel(Client(address, authkey=key))
-        channel.send(spec.rank)  # type: ignore[attr-defined]
+        channel.send((spec.rendezvous, spec.rank))  # type: ignore[attr-defined]
         run_rank(spec, channel)  # type: ignore[arg-type]
         code = 0
+    except (EOFError, OSError):
+        pass  # the client went before this rank could call it
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -17,14 +17,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any, Protocol
 
 from denoised.config import EngineConfig
 from denoised.errors import EngineError, InvalidConfigError
-from denoised.runtime.protocol import Command, Deliver, PickleChannel, RankSpec
+from denoised.runtime.protocol import Command, Deliver, PickleChannel, RankSpec, pack
 
 # glibc reads these at start; runtime/env.py says why.
 KEEP_PAGES = {
@@ -59,8 +61,10 @@ class ThreadRank:
         self._spec, self._deliver = spec, deliver
 
         def main() -> None:
-            run_rank(spec, self)
-            deliver(spec.rank, None)
+            try:
+                run_rank(spec, self)
+            finally:
+                deliver(spec.rank, None)
 
         self._thread = threading.Thread(target=main, name=f"rank-{spec.rank}", daemon=True)
         self._thread.start()
@@ -110,19 +114,32 @@ class Host:
         # A session of its own: Ctrl-C reaches the client alone, which then stops the ranks in order.
         command = [sys.executable, "-m", "denoised.runtime.host", self._address]
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
-        self._connection = self._accept()
+        self._accepted: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._accept_all, name="denoised-accept", daemon=True).start()
+        self._connection = self._accept(())
         self._generation = 0
         self._lock = threading.Lock()
 
-    def _accept(self) -> PickleChannel:
-        """The next connection; notices a host that ends instead of calling."""
-        result: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=lambda: result.put(self._listener.accept()), daemon=True).start()
+    def _accept_all(self) -> None:
+        """One thread takes all calls, so that none is lost to somebody who has given up waiting."""
+        while True:
+            try:
+                self._accepted.put(self._listener.accept())
+            except (AuthenticationError, EOFError, ConnectionError):
+                continue  # somebody hung up
+            except OSError:
+                return  # the listener is closed
+
+    def _accept(self, pids: Sequence[int]) -> PickleChannel:
+        """The next connection; notices a host or a rank that ends instead of calling."""
         while True:
             with contextlib.suppress(queue.Empty):
-                return PickleChannel(result.get(timeout=0.5))
+                return PickleChannel(self._accepted.get(timeout=0.5))
             if self._process.poll() is not None:
                 raise EngineError(f"the process that starts ranks ended with code {self._process.returncode}.")
+            for rank, pid in enumerate(pids):
+                if not _alive(pid):
+                    raise EngineError(f"rank {rank} died before it was connected.")
 
     @property
     def alive(self) -> bool:
@@ -152,16 +169,23 @@ class Host:
             )
             pids.append(self._connection.recv())
         channels: dict[int, PickleChannel] = {}
-        while len(channels) < world_size:
-            channel = self._accept()
-            channels[channel.recv()] = channel
+        try:
+            while len(channels) < world_size:
+                channel = self._accept(pids)
+                with contextlib.suppress(EOFError):  # it died after it called; its pid tells
+                    group, rank = channel.recv()
+                    if group == rendezvous:  # not a late rank of a group that was given up
+                        channels[rank] = channel
+        except EngineError:
+            _kill(pids)
+            raise
         return ForkedRanks(pids=pids, channels=channels, deliver=deliver)
 
     def close(self) -> None:
         """End the host, and with it all its ranks."""
         self._connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=1)
         if self.alive:
             self._process.kill()
             self._process.wait()
@@ -201,19 +225,34 @@ class ForkedRanks:
         self._deliver(rank, None)
 
     def send(self, command: Command) -> None:
+        raw = pack(command)  # an error here is the request's
         with contextlib.suppress(OSError):  # the reader thread reports a rank that is gone
-            self._channels[0].send(command)
+            self._channels[0].send_packed(raw)
 
     def kill(self) -> None:
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(self.pids)
 
     def join(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
         for thread in self._threads:
-            thread.join(timeout)
-        for channel in self._channels.values():
-            channel.close()
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):  # never under a reader's feet
+            for channel in self._channels.values():
+                channel.close()
+
+
+def _kill(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _events(channel: PickleChannel) -> Iterator[Any]:

@@ -173,14 +173,15 @@ def _check_complete(pipeline: Any, folder: Path) -> None:
 
 def _configured(pipeline: Any, config: EngineConfig) -> Any:
     """Settings of the engine that pipelines read from themselves."""
+    from denoised.runtime.model_info import branching_config
     from denoised.runtime.program import set_flow_shift
 
     pipeline.set_progress_bar_config(disable=True)
     if config.boundary_ratio is not None:
-        _refuse_unless("boundary_ratio" in pipeline.config, "boundary_ratio", pipeline)
+        _refuse_unless("boundary_ratio" in branching_config(pipeline), "boundary_ratio", pipeline)
         hf.set_config(pipeline, boundary_ratio=config.boundary_ratio)
     if config.flow_shift is not None:
-        _refuse_unless(bool({"flow_shift", "shift"} & set(pipeline.scheduler.config)), "flow_shift", pipeline)
+        _refuse_unless("flow_shift" in branching_config(pipeline), "flow_shift", pipeline)
         set_flow_shift(pipeline.scheduler, config.flow_shift)
     for setting, method in (("vae_use_slicing", "enable_slicing"), ("vae_use_tiling", "enable_tiling")):
         if getattr(config, setting):

@@ -24,6 +24,8 @@ ENGINE_FIELDS = frozenset(
 COUNT_NAMES = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_outputs_per_prompt")
 # Keywords that the engine sets itself or that cannot reach another process.
 RESERVED = frozenset({"self", "generator", "output_type", "return_dict", "callback", "callback_on_step_end"})
+# Pixels of the side that a request leaves to the pipeline, for the bound on both.
+_USUAL_SIDE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class ModelInfo:
     declared: bool = True
     exclusive: bool = False
     sample_rate: int | None = None
+    image_mode: str = "RGB"
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def defaults_for(self, prompt: PromptDict) -> dict[str, Any]:
@@ -56,9 +59,6 @@ def describe(
     pipeline: Any, spec: ModelSpec, *, model: str, device: str, dtype: str, defaults: dict[str, Any]
 ) -> ModelInfo:
     """The ModelInfo of a loaded pipeline."""
-    scheduler_config = getattr(getattr(pipeline, "scheduler", None), "config", {})
-    configurable = {n for n in ("boundary_ratio",) if n in pipeline.config}
-    configurable |= {"flow_shift"} if {"flow_shift", "shift"} & set(scheduler_config) else set()
     return ModelInfo(
         model=model,
         pipeline=type(pipeline).__name__,
@@ -66,15 +66,36 @@ def describe(
         parameters=frozenset(inspect.signature(type(pipeline).__call__).parameters),
         size_multiple=_size_multiple(pipeline, spec.packing),
         frame_multiple=_frame_multiple(pipeline),
-        branching_config=frozenset(configurable),
+        branching_config=branching_config(pipeline),
         needs_image=spec.needs_image,
         declared=spec.declared,
         exclusive=spec.exclusive,
         device=device,
         dtype=dtype,
         sample_rate=_sample_rate(pipeline),
+        image_mode="RGBA" if _image_channels(pipeline) == 4 else "RGB",
         defaults={**spec.defaults, **defaults},
     )
+
+
+def _image_channels(pipeline: Any) -> int | None:
+    """Channels of an image that its VAE reads, where its configuration says so: layered models have four."""
+    return getattr(getattr(getattr(pipeline, "vae", None), "config", None), "input_channels", None)
+
+
+def branching_config(pipeline: Any) -> frozenset[str]:
+    """Which settings that pipelines read from configurations would act here."""
+    acts = {"flow_shift"} if shift_name(getattr(getattr(pipeline, "scheduler", None), "config", {})) else set()
+    if "boundary_ratio" in pipeline.config and getattr(pipeline, "transformer_2", None) is not None:
+        acts |= {"boundary_ratio"}
+    return frozenset(acts)
+
+
+def shift_name(scheduler_config: Any) -> str | None:
+    """What a scheduler calls its timestep shift; None where it has none, or takes it from the picture's size."""
+    if scheduler_config.get("use_dynamic_shifting") or not scheduler_config.get("use_flow_sigmas", True):
+        return None
+    return next((name for name in ("flow_shift", "shift") if name in scheduler_config), None)
 
 
 def _sample_rate(pipeline: Any) -> int | None:
@@ -123,9 +144,15 @@ def _check_taken(params: OmniDiffusionSamplingParams, info: ModelInfo) -> None:
             raise InvalidRequestError(
                 f"{name}={getattr(params, name)}: {info.pipeline} has no such setting; leave it out."
             )
+    if params.fps is not None and info.kind != "video":
+        raise InvalidRequestError(f"fps={params.fps}: {info.pipeline} makes no video; leave it out.")
     problem = unknown_names(params.extra_args, info.parameters - RESERVED, f"{info.pipeline} keyword in extra_args")
     if problem:
         raise InvalidRequestError(problem)
+    if params.output_type != "pil" and "output_type" not in info.parameters:
+        raise InvalidRequestError(
+            f"output_type={params.output_type!r}: {info.pipeline} gives its output in one form; leave it out."
+        )
     if params.num_outputs_per_prompt > 1 and not info.parameters & set(COUNT_NAMES):
         raise InvalidRequestError(
             f"num_outputs_per_prompt={params.num_outputs_per_prompt}: {info.pipeline} makes one output a request; "
@@ -149,7 +176,7 @@ def _check_size(params: OmniDiffusionSamplingParams, info: ModelInfo, config: En
             f"num_frames={params.num_frames}: {info.pipeline} needs a multiple of {info.frame_multiple} plus one; "
             f"use {below} or {below + info.frame_multiple}."
         )
-    pixels = (params.height or 1) * (params.width or 1)
+    pixels = (params.height or _USUAL_SIDE) * (params.width or _USUAL_SIDE) if params.height or params.width else 0
     if pixels > config.max_pixels:
         raise InvalidRequestError(
             f"height x width = {params.height} x {params.width} is more than max_pixels={config.max_pixels}; "
@@ -171,7 +198,12 @@ def _check_prompt(
     embedded = "prompt_embeds" in prompt or "prompt_embeds" in params.extra_args
     if prompt.get("prompt") is None and not embedded and "prompt" in info.parameters:
         raise InvalidRequestError("prompt is missing; give a prompt or prompt_embeds.")
+    for key in ("prompt_embeds", "negative_prompt_embeds"):
+        if prompt.get(key) is not None and key not in info.parameters:
+            raise InvalidRequestError(f"{key}: {info.pipeline} does not take it; leave it out.")
     data = dict(prompt.get("multi_modal_data") or {})
+    if params.pil_image is not None and data.get("image") is not None:
+        raise InvalidRequestError("pil_image and multi_modal_data.image are both given; give one of them.")
     unknown = [name for name in data if name not in info.parameters]
     if unknown or (params.pil_image is not None and "image" not in info.parameters):
         raise InvalidRequestError(f"multi_modal_data.{(unknown or ['image'])[0]}: {info.pipeline} does not take it.")

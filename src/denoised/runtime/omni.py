@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import queue
 import secrets
+import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import fields
 from types import TracebackType
@@ -53,6 +56,9 @@ class _Frontend:
         self.config = engine_config(model, parallel_config, **settings)
         self._client = Client(self.config)
         self._ids = itertools.count()
+        # Dropped without close(): on whatever thread the garbage is collected, nobody waits there.
+        finalizer = weakref.finalize(self, _close_aside, self._client)
+        finalizer.atexit = False  # the client itself ends with the process
 
     @property
     def info(self) -> model_info.ModelInfo:
@@ -93,11 +99,20 @@ class _Frontend:
         params = (params or SamplingParams()).with_defaults(self.info.defaults_for(prompt))
         model_info.check(prompt, params, self.info, self.config)
         seed = params.seed if params.seed is not None else secrets.randbits(31)
-        state = params.generator.get_state() if params.generator is not None else None
+        state = None
         if params.generator is not None:
+            if getattr(getattr(params.generator, "device", None), "type", None) != "cpu":
+                raise InvalidRequestError(
+                    f"generator={params.generator!r:.60}: must be one torch.Generator of the CPU; or give a seed."
+                )
+            state = params.generator.get_state()
             seed = params.generator.initial_seed() % 2**63
             params = params.without_generator()
         return Request(request_id=request_id, prompt=prompt, params=params, seed=seed, generator_state=state)
+
+
+def _close_aside(client: Client) -> None:
+    threading.Thread(target=client.close, name="denoised-close", daemon=True).start()
 
 
 def _rejected(request_id: str, prompt: Any, error: DenoisedError) -> OmniRequestOutput:
@@ -140,7 +155,7 @@ class Omni(_Frontend):
             prompts: a string, a dict, or a list of them.
             sampling_params: one for all, or one for each.
             use_tqdm: show a progress bar over denoising steps.
-            py_generator: return a generator instead, which gives outputs as they finish.
+            py_generator: return a generator instead, which gives outputs as they finish, from its first `next` on.
 
         A request that fails has its reason in `error`; the others are not touched.
         """
@@ -156,13 +171,27 @@ class Omni(_Frontend):
     def _run(
         self, ids: list[str], prompts: Sequence[Any], params: Sequence[SamplingParams | None], use_tqdm: bool
     ) -> Iterator[OmniRequestOutput]:
+        """Outputs as they finish. Leaving early (an exception, a closed generator) aborts what is still running."""
+        from denoised.runtime.progress import StepBar
+
         inbox: queue.SimpleQueue[Progress | OmniRequestOutput] = queue.SimpleQueue()
-        for request_id, prompt, param in zip(ids, prompts, params, strict=True):
+        missing = dict.fromkeys(ids)
+        with StepBar(len(ids), enabled=use_tqdm) as bar:
             try:
-                self._client.submit(self._request(request_id, prompt, param), inbox.put)
-            except InvalidRequestError as error:
-                inbox.put(_rejected(request_id, prompt, error))
-        return _collect(inbox, ids, self.abort, use_tqdm)
+                for request_id, prompt, param in zip(ids, prompts, params, strict=True):
+                    try:
+                        self._client.submit(self._request(request_id, prompt, param), inbox.put)
+                    except InvalidRequestError as error:
+                        inbox.put(_rejected(request_id, prompt, error))
+                while missing:
+                    event = inbox.get()
+                    bar.show(event)
+                    if isinstance(event, OmniRequestOutput):
+                        del missing[event.request_id]
+                        yield event
+            finally:
+                for request_id in missing:
+                    self.abort(request_id)
 
 
 def _one_each(params: Any, count: int) -> Sequence[SamplingParams | None]:
@@ -173,26 +202,6 @@ def _one_each(params: Any, count: int) -> Sequence[SamplingParams | None]:
             f"sampling_params has {len(params)} entries for {count} prompts; give one, or one each."
         )
     return list(params)
-
-
-def _collect(
-    inbox: queue.SimpleQueue[Progress | OmniRequestOutput], ids: list[str], abort: Any, use_tqdm: bool
-) -> Iterator[OmniRequestOutput]:
-    """Outputs as they finish. Leaving early (an exception, a closed generator) aborts what is still running."""
-    from denoised.runtime.progress import StepBar
-
-    missing = set(ids)
-    with StepBar(len(ids), enabled=use_tqdm) as bar:
-        try:
-            while missing:
-                event = inbox.get()
-                bar.show(event)
-                if isinstance(event, OmniRequestOutput):
-                    missing.discard(event.request_id)
-                    yield event
-        finally:
-            for request_id in missing:
-                abort(request_id)
 
 
 class AsyncOmni(_Frontend):
@@ -220,7 +229,8 @@ class AsyncOmni(_Frontend):
         request = self._request(request_id or self._next_id(), prompt, sampling_params)
 
         def hear(event: Progress | OmniRequestOutput) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            with contextlib.suppress(RuntimeError):  # a loop that is closed has nobody left who listens
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         self._client.submit(request, hear)
         done = False

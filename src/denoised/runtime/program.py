@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Image
 
 from denoised import hf
 from denoised.request import OmniDiffusionSamplingParams, Request
-from denoised.runtime.model_info import COUNT_NAMES, ENGINE_FIELDS, ModelInfo
+from denoised.runtime.model_info import COUNT_NAMES, ENGINE_FIELDS, ModelInfo, shift_name
 from denoised.steps.trap import StepObserver, request_copy
 
 
@@ -38,8 +40,19 @@ def build(
     """The program of one request: a call without arguments that runs the unmodified pipeline."""
     own = request_copy(pipeline, report=report, observer=observer)
     _configure(own, request.params)
-    kwargs = keywords(request, info, device=hf.execution_device(pipeline))
+    kwargs = _own(keywords(request, info, device=hf.execution_device(pipeline)))
     return lambda: own(**kwargs)
+
+
+def _own(value: Any) -> Any:
+    """A copy that the pipeline may change in place: the request may run again, and others share its values."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(_own(item) for item in value)
+    if type(value) is dict:
+        return {key: _own(item) for key, item in value.items()}
+    return value.copy() if isinstance(value, np.ndarray | Image) else value
 
 
 def keywords(request: Request, info: ModelInfo, *, device: Any) -> dict[str, Any]:
@@ -51,8 +64,8 @@ def keywords(request: Request, info: ModelInfo, *, device: Any) -> dict[str, Any
     kwargs |= dict(request.prompt.get("multi_modal_data") or {})
     if params.pil_image is not None:
         kwargs.setdefault("image", params.pil_image)
-    if params.fps is not None and "frame_rate" in info.parameters:
-        kwargs["frame_rate"] = params.fps
+    if params.fps is not None:
+        kwargs |= {name: params.fps for name in ("frame_rate", "fps") if name in info.parameters}
     kwargs |= _count(params, info) | _randomness(request, info, device) | params.extra_args
     if "output_type" in info.parameters:
         kwargs["output_type"] = "pt" if info.kind == "audio" and params.output_type == "pil" else params.output_type
@@ -85,7 +98,8 @@ def _configure(pipeline: Any, params: OmniDiffusionSamplingParams) -> None:
 
 def set_flow_shift(scheduler: Any, shift: float) -> None:
     """Give a scheduler another timestep shift, under the name that its class uses."""
-    name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
+    name = shift_name(scheduler.config)
+    assert name is not None, "checked before"
     fresh = type(scheduler).from_config(scheduler.config, **{name: shift})
     observe = scheduler.__dict__.get("_observe_step")
     scheduler.__dict__.update(fresh.__dict__)

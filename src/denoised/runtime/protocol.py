@@ -74,6 +74,11 @@ class Channel(Protocol):
     def poll(self, timeout: float = ..., /) -> bool: ...
 
 
+def pack(item: Any) -> bytes:
+    """`item` as a PickleChannel sends it."""
+    return pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL)
+
+
 class PickleChannel:
     """A connection between our own processes that copies what it sends.
 
@@ -84,7 +89,10 @@ class PickleChannel:
         self._connection = connection
 
     def send(self, item: Any) -> None:
-        self._connection.send_bytes(pickle.dumps(item, protocol=pickle.HIGHEST_PROTOCOL))
+        self.send_packed(pack(item))
+
+    def send_packed(self, raw: bytes) -> None:
+        self._connection.send_bytes(raw)
 
     def recv(self) -> Any:
         return pickle.loads(self._connection.recv_bytes())

@@ -9,12 +9,15 @@ This file does not know what a call is or who computes it: a `Source` is resolve
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
+
+from denoised.steps.ambient import Ambient
 
 # Methods that only compute: recorded. Every other attribute is looked up on the value, which forces it.
 LAZY_METHODS = frozenset(
@@ -25,8 +28,26 @@ LAZY_METHODS = frozenset(
 # Fields of a model output that hold the prediction.
 LAZY_FIELDS = frozenset({"sample"})
 RANDOM_FUNCTIONS = frozenset(
-    "bernoulli dropout feature_dropout multinomial normal poisson rand_like randint_like randn_like".split()
+    "alpha_dropout bernoulli dropout dropout1d dropout2d dropout3d feature_alpha_dropout feature_dropout "
+    "gumbel_softmax multinomial normal poisson rand_like randint_like randn_like rrelu".split()
 )
+
+
+class Versions:
+    """The tensors of some arguments, to tell later whether they were changed in place.
+
+    Inference tensors carry no version counter; a program in inference mode therefore does not defer (see `Task.trap`).
+    """
+
+    __slots__ = ("_seen",)
+
+    def __init__(self, value: Any) -> None:
+        leaves = (leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor) and not leaf.is_inference())
+        self._seen = [(tensor, tensor._version) for tensor in leaves]
+
+    @property
+    def changed(self) -> bool:
+        return any(tensor._version != version for tensor, version in self._seen)
 
 
 class Source:
@@ -56,16 +77,18 @@ class Source:
 class Deferred:
     """A recorded expression over the results of suspended calls."""
 
-    __slots__ = ("_args", "_arity", "_fn", "_kwargs", "_ready", "_value", "_versions")
+    __slots__ = ("_ambient", "_args", "_arity", "_fn", "_kwargs", "_ready", "_value", "_versions")
     __array_ufunc__ = None  # numpy scalars on the left leave the operation to us
     __hash__ = object.__hash__
 
     def __init__(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], arity: int | None
     ) -> None:
-        self._fn, self._args, self._kwargs, self._arity = fn, args, kwargs, arity
+        self._fn, self._args, self._kwargs, self._arity = fn, known(args), known(kwargs), arity
         self._ready, self._value = False, None
-        self._versions = [(t, t._version) for t in _tensors((args, kwargs))]
+        # Of the arguments until this is evaluated, of the value from then on.
+        self._versions = Versions((self._args, self._kwargs))
+        self._ambient = Ambient.capture()
 
     @classmethod
     def of(cls, source: Source) -> Deferred:
@@ -81,24 +104,29 @@ class Deferred:
         """The value; stops the task until the calls it depends on are computed."""
         if not self._ready:
             args, kwargs = plain(self._args), plain(self._kwargs)
-            self._check_inputs()
-            self._value, self._ready = self._fn(*args, **kwargs), True
-            self._fn, self._args, self._kwargs, self._versions = _spent, (), {}, []
+            waited_for = (d for d in _leaves((self._args, self._kwargs)) if isinstance(d, Deferred))
+            if self._versions.changed or any(d._versions.changed for d in waited_for):
+                raise RuntimeError(
+                    "a tensor was changed in place between a recorded use of a prediction and its evaluation; "
+                    "set defer=False in the model's spec"
+                )
+            self._value, self._ready = self._evaluated(args, kwargs), True
+            self._fn, self._args, self._kwargs, self._versions = _spent, (), {}, Versions(self._value)
         return self._value
 
-    def _check_inputs(self) -> None:
-        if any(tensor._version != version for tensor, version in self._versions):
-            raise RuntimeError(
-                "a tensor was changed in place between a recorded use of a prediction and its evaluation; "
-                "set defer=False in the model's spec"
-            )
+    def _evaluated(self, args: Any, kwargs: Any) -> Any:
+        """Under the autocast and gradient state in which the operation was written."""
+        if self.is_call_result or self._ambient == Ambient.capture():
+            return self._fn(*args, **kwargs)
+        with self._ambient.restored():
+            return self._fn(*args, **kwargs)
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if _changes_state(name) or (kwargs or {}).get("out") is not None:
+        if _changes_state(name) or any((kwargs or {}).get(key) is not None for key in ("out", "generator")):
             return func(*plain(args), **plain(kwargs or {}))
         return record(func, args, kwargs or {}, _arity_of(name, args, kwargs or {}))
 
@@ -128,6 +156,18 @@ class Deferred:
     def __int__(self) -> int:
         return int(self.force())
 
+    def __index__(self) -> int:
+        return operator.index(self.force())
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.force().__array__(*args, **kwargs)
+
+    def __copy__(self) -> Any:
+        return copy.copy(self.force())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.force(), memo)
+
     def __contains__(self, item: Any) -> bool:
         return item in self.force()
 
@@ -145,6 +185,32 @@ def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     return fn(*plain(args), **plain(kwargs))
 
 
+def known(value: Any) -> Any:
+    """`value` with every Deferred in it that is evaluated already replaced by what it stands for at this moment."""
+    if isinstance(value, Deferred):
+        return value._value if value._ready else value
+    if type(value) in (list, tuple):
+        return type(value)(known(item) for item in value)
+    if type(value) is dict:
+        return {key: known(item) for key, item in value.items()}
+    return value
+
+
+def settled(result: Any) -> Any:
+    """The result of a whole program: nothing in it waits any more, fields of output classes included."""
+    if isinstance(result, dict) and type(result) is not dict:
+        fields: dict[str, Any] = result
+        assign = result.__setitem__
+    elif isinstance(result, Deferred | tuple) or not hasattr(result, "__dict__"):
+        return plain(result)
+    else:
+        fields, assign = vars(result), partial(setattr, result)
+    for name, value in list(fields.items()):
+        if any(isinstance(leaf, Deferred) for leaf in _leaves(value)):
+            assign(name, plain(value))
+    return result
+
+
 def plain(value: Any) -> Any:
     """`value` with every Deferred in it (lists, tuples and dicts included) forced."""
     if isinstance(value, Deferred):
@@ -160,15 +226,10 @@ def _leaves(value: Any) -> Iterator[Any]:
     if type(value) in (list, tuple):
         for item in value:
             yield from _leaves(item)
-    elif type(value) is dict:
+    elif isinstance(value, dict):
         yield from _leaves(list(value.values()))
     else:
         yield value
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    # Inference tensors carry no version counter; they cannot be changed in place outside inference mode either.
-    return (leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor) and not leaf.is_inference())
 
 
 def _spent(*_: Any) -> Any:
@@ -210,6 +271,15 @@ def _reflected(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     return lambda self, other: record(function, (other, self), {})
 
 
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`prediction += x` changes the tensor that other names of it see too, so it happens now."""
+
+    def change(self: Deferred, other: Any) -> Any:
+        return function(self.force(), plain(other))
+
+    return change
+
+
 def _unary(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda self: record(function, (self,), {})
 
@@ -219,9 +289,10 @@ def _install_operators() -> None:
         function = getattr(operator, name)
         setattr(Deferred, f"__{name}__", _binary(function))
         setattr(Deferred, f"__r{name}__", _reflected(function))
-    for name in ("getitem", "lt", "le", "gt", "ge", "eq", "ne"):
-        setattr(Deferred, f"__{name}__", _binary(getattr(operator, name)))
-    for name in ("neg", "abs", "invert"):
+        setattr(Deferred, f"__i{name}__", _in_place(getattr(operator, f"i{name}")))
+    for name in ("getitem", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "xor"):
+        setattr(Deferred, f"__{name.rstrip('_')}__", _binary(getattr(operator, name)))
+    for name in ("pos", "neg", "abs", "invert"):
         setattr(Deferred, f"__{name}__", _unary(getattr(operator, name)))
 
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import torch
-
-from denoised.steps.deferred import Source
+from denoised.steps.ambient import Ambient
+from denoised.steps.deferred import Source, Versions
 
 
 class Stage(enum.StrEnum):
@@ -26,34 +25,6 @@ class Stage(enum.StrEnum):
     ENCODE = "encode"
     DENOISE = "denoise"
     DECODE = "decode"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ambient:
-    """Thread-local torch state of the program at the moment of a call: gradients, inference mode, autocast."""
-
-    grad: bool
-    inference: bool
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
-
-    @classmethod
-    def capture(cls) -> Ambient:
-        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        return cls(
-            grad=torch.is_grad_enabled(),
-            inference=torch.is_inference_mode_enabled(),
-            autocast=tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
-        )
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """Run a block of the engine's thread as the program's thread would."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(self.inference))
-            stack.enter_context(torch.set_grad_enabled(self.grad))
-            for device, enabled, dtype in self.autocast:
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
-            yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +39,8 @@ class Target:
 
 @dataclass(kw_only=True, eq=False)
 class Call:
-    """One suspended call. `branch` counts the denoiser calls of a task since its last scheduler step."""
+    """One suspended call. `branch` counts the denoiser calls of a task since its last scheduler step; `versions` tell
+    whether the program changed an argument in place after it made the call."""
 
     task_id: str
     target: Target
@@ -78,11 +50,20 @@ class Call:
     ambient: Ambient
     source: Source
     state: dict[str, Any] = field(default_factory=dict)
+    versions: Versions | None = None
 
     def run(self) -> Any:
         """The call as the program made it: same arguments, same thread state."""
         with self.ambient.restored(), _running((self,)):
             return self.target.function(*self.args, **self.kwargs)
+
+    def check_arguments(self) -> None:
+        """A call that its method cannot take raises where the program made it, as it would without a trap.
+
+        Raises:
+            TypeError: unknown or missing arguments.
+        """
+        _signature(self.target).bind(*self.args, **self.kwargs)
 
     def named_arguments(self) -> dict[str, Any]:
         """The arguments by parameter name, positional ones included."""

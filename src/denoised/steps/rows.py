@@ -7,6 +7,8 @@ A piece that is a whole call runs with the call's own arguments, so on one rank 
 
 from __future__ import annotations
 
+import enum
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,8 @@ import torch.nn.functional as F  # noqa: N812
 from denoised.steps.forward import Call, run_joined
 
 Tree = Any
+
+_BY_VALUE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class Piece:
 
 def batch_size(call: Call) -> int:
     """Rows of a call: dim 0 of its first tensor argument, or the length of a leading list of tensors."""
-    first = next(iter(call.named_arguments().values()))
+    first = next(iter(call.named_arguments().values()), None)
     if isinstance(first, torch.Tensor):
         return first.shape[0] if first.dim() else 1
     return len(first) if isinstance(first, list | tuple) else 1
@@ -66,7 +70,7 @@ def batch_size(call: Call) -> int:
 
 def cost(call: Call) -> int:
     """Work of one row in relative units: elements of its latents."""
-    first = next(iter(call.named_arguments().values()))
+    first = next(iter(call.named_arguments().values()), None)
     leaves = first if isinstance(first, list | tuple) else [first]
     elements = sum(x.numel() for x in leaves if isinstance(x, torch.Tensor))
     return max(1, elements // max(1, batch_size(call)))
@@ -136,7 +140,8 @@ def _shape_signature(value: Tree, batch: int, *, as_list: bool = False) -> Any:
         return tuple(_shape_signature(x, batch) for x in value)
     if isinstance(value, dict):
         return tuple((k, _shape_signature(x, batch)) for k, x in value.items())
-    return repr(value)
+    # Only what Python compares by value may be equal and yet another object: a repr can hide a difference.
+    return (type(value).__name__, repr(value)) if isinstance(value, _BY_VALUE) else (type(value).__name__, id(value))
 
 
 def _shared_leaves(value: Tree, batch: int, *, as_list: bool = False) -> Iterable[torch.Tensor]:
@@ -149,6 +154,25 @@ def _shared_leaves(value: Tree, batch: int, *, as_list: bool = False) -> Iterabl
             yield from _shared_leaves(x, batch)
     elif isinstance(value, dict):
         yield from _shared_leaves(list(value.values()), batch)
+
+
+def row_pattern(call: Call, rules: RowRules) -> Any:
+    """Which arguments carry rows: what a check of untrusted rules has to be repeated for."""
+    batch = batch_size(call)
+    return batch, tuple(
+        (name, name in rules.shared or _pattern(value, batch, as_list=name in rules.lists))
+        for name, value in sorted(call.named_arguments().items())
+    )
+
+
+def _pattern(value: Tree, batch: int, *, as_list: bool) -> Any:
+    if _carries_rows(value, batch, as_list=as_list):
+        return "rows"
+    if isinstance(value, dict):
+        return tuple((k, _pattern(x, batch, as_list=False)) for k, x in value.items())
+    if type(value) in (list, tuple):
+        return tuple(_pattern(x, batch, as_list=False) for x in value)
+    return type(value).__name__
 
 
 # ------------------------------------------------------------------ calls
@@ -231,13 +255,20 @@ def _padded(part: dict[str, Any], text: str, mask: str, length: int) -> dict[str
 
 
 def _separate(output: Tree, batches: list[int]) -> list[Tree]:
-    total, start, parts = sum(batches), 0, []
-    for size in batches:
-        parts.append(
-            take(output, tuple(range(start, start + size)), total, as_list=True) if len(batches) > 1 else output
-        )
-        start += size
-    return parts
+    """The part of each piece, in memory of its own: requests neither keep nor change each other's rows."""
+    if len(batches) == 1:
+        return [output]
+    ends = list(itertools.accumulate(batches))
+    ranges = [tuple(range(end - size, end)) for end, size in zip(ends, batches, strict=True)]
+    return [_copied(take(output, rows, ends[-1], as_list=True)) for rows in ranges]
+
+
+def _copied(value: Tree) -> Tree:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if type(value) in (list, tuple):
+        return type(value)(_copied(x) for x in value)
+    return _rebuild(value, {k: _copied(x) for k, x in value.items()}) if isinstance(value, dict) else value
 
 
 def assemble(pieces: Sequence[Piece], outputs: Sequence[Tree]) -> Tree:
@@ -258,7 +289,7 @@ def agree(pieces: Sequence[Piece], rules: RowRules) -> bool:
     try:
         apart, together = [run([piece], rules)[0] for piece in pieces], run(pieces, rules)
         return all(map(_close, apart, together))
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+    except Exception:
         return False  # a forward that cannot take the split arguments answers the question
 
 

@@ -9,15 +9,20 @@ A task does not know what a pipeline is, which rank computes what, or what other
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from denoised.steps.ambient import Ambient
 from denoised.steps.current import set_current_task
-from denoised.steps.deferred import Deferred, Source, plain
-from denoised.steps.forward import Ambient, Call, Stage, Target
+from denoised.steps.deferred import Deferred, Source, Versions, plain, settled
+from denoised.steps.forward import Call, Stage, Target
+
+# torch has one global generator for all threads: engines of one process take turns with it.
+_global_generator = threading.Lock()
 
 
 class Cancelled(BaseException):
@@ -56,24 +61,27 @@ class Task:
     def advance(self) -> None:
         """Run the program until it needs the value of a pending call, or ends."""
         assert not self.done, "a finished task cannot advance"
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self._random_state)
-        if not self._thread.is_alive():
-            self._thread.start()
-        self._to_task.release()
-        self._to_engine.acquire()
-        self._random_state = torch.get_rng_state()
-        torch.set_rng_state(outside)
+        with self._own_random_state():
+            if not self._thread.is_alive():
+                self._thread.start()
+            self._to_task.release()
+            self._to_engine.acquire()
 
     def run_atomic(self, call: Call) -> Any:
         """Run an encoder or VAE call under this task's own global random state."""
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self._random_state)
-        try:
+        with self._own_random_state():
             return call.run()
-        finally:
-            self._random_state = torch.get_rng_state()
-            torch.set_rng_state(outside)
+
+    @contextlib.contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        with _global_generator:
+            outside = torch.get_rng_state()
+            torch.set_rng_state(self._random_state)
+            try:
+                yield
+            finally:
+                self._random_state = torch.get_rng_state()
+                torch.set_rng_state(outside)
 
     def cancel(self) -> None:
         """Unwind the program from where it stands and drop what it holds."""
@@ -88,23 +96,30 @@ class Task:
 
     def trap(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Suspend a component call; gives a Deferred for a denoiser, the value for anything else."""
+        if self.cancelled:  # a program that calls a component while it unwinds unwinds from there
+            raise Cancelled
         is_denoiser = target.stage is Stage.DENOISE
+        args, kwargs = plain(args), plain(kwargs)
         call = Call(
             task_id=self.task_id,
             target=target,
-            args=plain(args),
-            kwargs=plain(kwargs),
+            args=args,
+            kwargs=kwargs,
             branch=self._branch if is_denoiser else 0,
             ambient=Ambient.capture(),
-            source=Source(self._wait, self._arities.get(target.name)),
+            source=Source(self._wait, self._arities.get(_arity_key(target, kwargs))),
+            versions=Versions((args, kwargs)) if is_denoiser else None,
         )
+        if is_denoiser:
+            call.check_arguments()
         call.state = self._state.setdefault((target.name, call.branch), {})
         self.pending.append(call)
         if not is_denoiser:
             return call.source.get()
         self._branch += 1
         deferred = Deferred.of(call.source)
-        return deferred if self._defer else deferred.force()
+        # Inference tensors do not tell when they are changed in place, so nothing can be left for later.
+        return deferred if self._defer and not call.ambient.inference else deferred.force()
 
     def note(self, text: str) -> None:
         """Keep what the pipeline warned of, once."""
@@ -118,9 +133,13 @@ class Task:
     def learn(self, call: Call, value: Any) -> None:
         """Remember how many outputs a denoiser call has, so that unpacking the next one does not force it."""
         if isinstance(value, list | tuple):
-            self._arities.setdefault(call.target.name, len(value))
+            self._arities.setdefault(_arity_key(call.target, call.kwargs), len(value))
 
     def _wait(self) -> None:
+        if threading.current_thread() is not self._thread:
+            raise RuntimeError("a prediction was looked at outside the pipeline call that asked for it")
+        if self.cancelled:
+            raise Cancelled
         self._to_engine.release()
         self._to_task.acquire()
         if self.cancelled:
@@ -132,11 +151,12 @@ class Task:
         try:
             if not self.cancelled:
                 assert self._program is not None
-                self.value = self._program()
+                self.value = settled(self._program())
         except Cancelled:
             pass
-        except Exception as error:
-            self.error = error
+        except BaseException as error:
+            unusual = RuntimeError(f"the pipeline raised {type(error).__name__}: {error}")
+            self.error = _without_frames(error if isinstance(error, Exception) else unusual)
         finally:
             self._end()
             set_current_task(None)
@@ -147,3 +167,18 @@ class Task:
         self._program = None
         self.pending.clear()
         self._state.clear()
+
+
+def _arity_key(target: Target, kwargs: dict[str, Any]) -> str:
+    """Calls of one key have equally many outputs: flags such as `return_dict` decide."""
+    flags = sorted(f"{name}={value}" for name, value in kwargs.items() if isinstance(value, bool | None))
+    return " ".join([target.name, *flags])
+
+
+def _without_frames(error: Exception) -> Exception:
+    """`error` without its tracebacks, whose frames hold the latents of a program that is over."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error

@@ -24,9 +24,10 @@ class DesyncError(EngineError):
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What all ranks said: whether any had errors, and whether rank 0 has commands."""
+    """What all ranks said: whether any had errors, or outputs whose layout is news; whether rank 0 has commands."""
 
     errors: bool
+    news: bool
     commands: bool
 
 
@@ -44,11 +45,10 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Parcel:
-    """One output on its way: who computed it, and a key under which its layout is known from earlier ticks."""
+    """One output on its way: who computed it. A key is equal on all ranks; its first part is the task."""
 
     rank: int
     key: Key
-    layout_key: Key
 
 
 class Wire:
@@ -58,7 +58,18 @@ class Wire:
         self._control, self._data, self._device = control, data, device
         self.rank, self.size = dist.get_rank(control), dist.get_world_size(control)
         self._layouts: dict[Key, Layout] = {}
+        self._flat: dict[Key, tuple[list[torch.Tensor], Any]] = {}
         self.num_exchanges = 0
+
+    def prepare(self, outputs: dict[Key, Any]) -> dict[Key, str]:
+        """Take this rank's outputs apart for the next exchange; why some of them cannot travel."""
+        self._flat, problems = {}, {}
+        for key, tree in outputs.items():
+            try:
+                self._flat[key] = _flatten(tree)
+            except TypeError as error:
+                problems[key] = str(error)
+        return problems
 
     def header(self, *, digest: int, errors: bool, commands: bool) -> Header:
         """Agree on what comes next.
@@ -66,12 +77,18 @@ class Wire:
         Raises:
             DesyncError: the digests differ.
         """
-        mine = torch.tensor([digest, errors, commands], dtype=torch.int64)
+        # The sender knows whether a layout is news: what others remember is what it told them.
+        news = any(self._layouts.get(key) != _layout(*flat) for key, flat in self._flat.items())
+        mine = torch.tensor([digest, errors, commands, news], dtype=torch.int64)
         table = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(table, mine, group=self._control)
         if any(row[0] != mine[0] for row in table):
             raise DesyncError(f"rank {self.rank}: ranks disagree about the next exchange")
-        return Header(errors=any(bool(row[1]) for row in table), commands=bool(table[0][2]))
+        return Header(
+            errors=any(bool(row[1]) for row in table),
+            news=any(bool(row[3]) for row in table),
+            commands=bool(table[0][2]),
+        )
 
     def gather_objects(self, mine: Any) -> list[Any]:
         """A small object from every rank."""
@@ -85,27 +102,27 @@ class Wire:
         dist.broadcast_object_list(box, src=dist.get_global_rank(self._control, 0), group=self._control)
         return box[0]
 
+    def learn_layouts(self) -> None:
+        """Layouts of all ranks' prepared outputs; they travel only when a header says that there are new ones."""
+        for table in self.gather_objects({key: _layout(*flat) for key, flat in self._flat.items()}):
+            self._layouts.update(table)
+
+    def forget(self, task_id: str) -> None:
+        """Drop what is known of a task that is over."""
+        self._layouts = {key: layout for key, layout in self._layouts.items() if key[0] != task_id}
+
     def exchange(self, parcels: list[Parcel], mine: dict[Key, Any]) -> dict[Key, Any]:
-        """Every rank's outputs, by key. `parcels` names all of them, in an order equal on all ranks."""
+        """Every rank's prepared outputs, by key. `parcels` names all of them, in an order equal on all ranks."""
         if not parcels:
             return {}
-        flat = {key: _flatten(tree) for key, tree in mine.items()}
-        self._learn_layouts(parcels, flat)
-        sizes = [sum(self._layouts[p.layout_key].num_bytes for p in parcels if p.rank == r) for r in range(self.size)]
+        sizes = [sum(self._layouts[p.key].num_bytes for p in parcels if p.rank == r) for r in range(self.size)]
         send = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
-        self._pack(send, [leaf for p in parcels if p.rank == self.rank for leaf in flat[p.key][0]])
+        self._pack(send, [leaf for p in parcels if p.rank == self.rank for leaf in self._flat[p.key][0]])
+        self._flat = {}
         received = [torch.empty_like(send) for _ in range(self.size)]
         dist.all_gather(received, send, group=self._data)
         self.num_exchanges += 1
         return self._unpack(parcels, received) | mine
-
-    def _learn_layouts(self, parcels: list[Parcel], flat: dict[Key, tuple[list[Any], Any]]) -> None:
-        """Layouts not seen before travel once; all ranks know the same ones, so all see whether any is missing."""
-        if all(p.layout_key in self._layouts for p in parcels):
-            return
-        mine = {p.layout_key: _layout(*flat[p.key]) for p in parcels if p.rank == self.rank}
-        for table in self.gather_objects(mine):
-            self._layouts.update(table)
 
     @staticmethod
     def _pack(buffer: torch.Tensor, leaves: list[Any]) -> None:
@@ -118,7 +135,7 @@ class Wire:
     def _unpack(self, parcels: list[Parcel], received: list[torch.Tensor]) -> dict[Key, Any]:
         offsets, result = [0] * self.size, {}
         for parcel in parcels:
-            layout = self._layouts[parcel.layout_key]
+            layout = self._layouts[parcel.key]
             if parcel.rank != self.rank:
                 result[parcel.key] = _tree(layout, received[parcel.rank], offsets[parcel.rank])
             offsets[parcel.rank] += layout.num_bytes
