@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from denoised.features.guidance import Guidance
 from denoised.steps import rows
 from denoised.steps.ambient import Ambient
+from denoised.steps.dealing import Placement, group
 from denoised.steps.deferred import Source
 from denoised.steps.forward import Call, Stage, Target, running
-from denoised.steps.rows import Piece, Placement, RowRules
+from denoised.steps.rows import Piece, RowRules
 
 RULES = RowRules(shared=frozenset({"ids"}), lists=frozenset({"captions"}))
 
@@ -48,7 +49,7 @@ def call(batch: int, task: str = "a", seed: int = 0, branch: int = 0) -> Call:
 @given(st.integers(1, 6), st.integers(1, 4))
 def test_split_over_ranks_and_put_together(batch: int, ranks: int) -> None:
     whole = call(batch)
-    pieces = list(Placement(num_ranks=ranks).deal(whole, splittable=True).values())
+    pieces = [piece for _, piece in Placement(num_ranks=ranks).deal([whole], lambda _: True)]
     assert sorted(row for piece in pieces for row in piece.rows) == list(range(batch))
     assert max(len(p.rows) for p in pieces) - min(len(p.rows) for p in pieces) <= 1
     result = rows.assemble(pieces, [rows.run([piece], RULES)[0] for piece in pieces])
@@ -67,14 +68,14 @@ def test_calls_of_one_signature_join() -> None:
 
 
 def test_group_joins_requests_and_never_one_request_alone() -> None:
-    def group(calls: list[Call], most: int = 16) -> list[list[str]]:
+    def grouped(calls: list[Call], most: int = 16) -> list[list[str]]:
         pieces = [Piece(call=c, rows=(0,), batch=1) for c in calls]
-        return [[p.call.task_id for p in g] for g in rows.group(pieces, lambda _: RULES, lambda a, b: True, most)]
+        return [[p.call.task_id for p in g] for g in group(pieces, lambda _: RULES, lambda a, b: True, most)]
 
     guided = [call(1, "a", branch=0), call(1, "a", branch=1)]
-    assert group(guided) == [["a"], ["a"]]
-    assert group([*guided, call(1, "b")]) == [["a", "a", "b"]]
-    assert group([call(1, t) for t in "abcd"], most=2) == [["a", "b"], ["c", "d"]]
+    assert grouped(guided) == [["a"], ["a"]]
+    assert grouped([*guided, call(1, "b")]) == [["a", "a", "b"]]
+    assert grouped([call(1, t) for t in "abcd"], most=2) == [["a", "b"], ["c", "d"]]
 
 
 def test_what_differs_is_not_joined() -> None:
@@ -88,13 +89,28 @@ def test_what_differs_is_not_joined() -> None:
 
 def test_rows_keep_their_rank_and_new_ones_go_where_there_is_least() -> None:
     placement = Placement(num_ranks=2)
-    assert [placement.rank_of(call(1, "a", branch=b), 0) for b in (0, 1)] == [0, 1]
-    assert placement.rank_of(call(1, "b"), 0) == 0
-    assert placement.rank_of(call(1, "c"), 0) == 1
-    assert [placement.rank_of(call(1, "a", branch=b), 0) for b in (0, 1)] == [0, 1]
+    guided = [call(1, "a", branch=b) for b in (0, 1)]
+    assert homes(placement, guided) == [0, 1]
+    assert homes(placement, [call(1, "b")]) == [0]
+    assert homes(placement, [call(1, "c")]) == [1]
+    assert homes(placement, guided) == [0, 1]
     placement.release("a")
     placement.release("b")
-    assert placement.rank_of(call(1, "d"), 0) == 0
+    assert homes(placement, [call(1, "d")]) == [0]
+
+
+def homes(placement: Placement, calls: list[Call], *, splittable: bool = True) -> list[int]:
+    return [rank for rank, _ in placement.deal(calls, lambda _: splittable)]
+
+
+def test_a_call_is_divided_only_if_it_is_more_than_a_fair_share() -> None:
+    """Two branches of two images on two ranks: a branch each, two rows in one forward."""
+    assert homes(Placement(num_ranks=2), [call(2, branch=0), call(2, branch=1)]) == [0, 1]
+    assert homes(Placement(num_ranks=2), [call(2)]) == [0, 1]
+    assert homes(Placement(num_ranks=2), [call(2)], splittable=False) == [0]
+    placement = Placement(num_ranks=2)
+    assert homes(placement, [call(2, branch=0)]) == [0, 1]
+    assert homes(placement, [call(2, branch=0), call(2, branch=1)]) == [0, 1, 0], "rows stay where they live"
 
 
 def test_wrong_split_is_found_out() -> None:
@@ -153,7 +169,9 @@ def test_rules_in_doubt_are_checked_again_when_other_arguments_carry_rows() -> N
             ambient=Ambient.capture(),
             source=Source(lambda: None),
         )
-        return len(guidance.run([asked]).pieces)
+        pieces = guidance.run([asked]).pieces
+        guidance.release(task)
+        return len(pieces)
 
     doubtful = RowRules(trusted=False)
     guidance = Guidance(rules=lambda _: doubtful, num_ranks=2, rank=0, join=False, max_rows=4)

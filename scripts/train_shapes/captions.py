@@ -261,5 +261,3 @@ def _assignable(mentions: list[Mention], items: list[Item]) -> bool:
 def _fits(mention: Mention, item: Item) -> bool:
     names = (field.name for field in fields(mention))
     return all(getattr(mention, name) in (None, getattr(item, name)) for name in names)
-
-

@@ -1,6 +1,6 @@
 """Writes what was measured into docs/shapes.md, between its markers, and draws the two figures.
 
-    python -m scripts.train_shapes.report --out DIR   (DIR: the folder of the training)
+python -m scripts.train_shapes.report --out DIR   (DIR: the folder of the training)
 """
 
 import argparse

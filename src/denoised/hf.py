@@ -40,8 +40,8 @@ def set_config(pipeline: Any, **values: Any) -> None:
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """No progress bars and no advice from the libraries while a model loads: what users see is ours."""
+def quietly(*, bars: bool) -> Iterator[None]:
+    """No advice from the libraries while a model loads; `bars` keeps their progress bars, for downloads."""
     import diffusers
     import transformers
 
@@ -49,13 +49,15 @@ def quietly() -> Iterator[None]:
     levels = [library.get_verbosity() for library in loggings]
     for library in loggings:
         library.set_verbosity_error()
-        library.disable_progress_bar()
+        if not bars:
+            library.disable_progress_bar()
     try:
         yield
     finally:
         for library, level in zip(loggings, levels, strict=True):
             library.set_verbosity(level)
-            library.enable_progress_bar()
+            if not bars:
+                library.enable_progress_bar()
 
 
 class _Taken(logging.Filter):

@@ -12,8 +12,9 @@ from typing import Any
 
 from denoised.errors import one_line
 from denoised.steps import rows
+from denoised.steps.dealing import Placement, group
 from denoised.steps.forward import Call
-from denoised.steps.rows import Piece, Placement, RowRules
+from denoised.steps.rows import Piece, RowRules
 from denoised.steps.wire import Parcel, Wire
 
 CHANGED = (
@@ -60,14 +61,10 @@ class Guidance:
     def run(self, calls: Sequence[Call]) -> Outcome:
         """Deal `calls` and run this rank's part. No collective happens here, so an error here cannot hang others."""
         changed = {call for call in calls if call.versions is not None and call.versions.changed}
-        pieces = [
-            item
-            for call in calls
-            for item in self.placement.deal(call, splittable=call not in changed and self._splittable(call)).items()
-        ]
+        pieces = self.placement.deal(calls, lambda call: call not in changed and self._splittable(call))
         outcome = Outcome(pieces=pieces, errors={p.key: CHANGED for _, p in pieces if p.call in changed})
         mine = [piece for rank, piece in pieces if rank == self._rank and piece.call not in changed]
-        groups = rows.group(mine, self._rules, self._may_join, self._max_rows if self._join else 1)
+        groups = group(mine, self._rules, self._may_join, self._max_rows if self._join else 1)
         for together in groups:
             self._run_group(together, outcome)
         return outcome

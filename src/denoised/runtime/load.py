@@ -119,7 +119,7 @@ def load(config: EngineConfig, *, device: str) -> Any:
         return _configured(config.model.to(device), config)
     source = locate(str(config.model))
     try:
-        with hf.quietly():
+        with hf.quietly(bars=not isinstance(source, Path)):
             pipeline = _pipeline_class(source).from_pretrained(
                 source,
                 dtype=getattr(torch, dtype_name(config, device)),

@@ -1,15 +1,14 @@
 """Rows: a denoiser call is a batch of independent rows (request x image x guidance branch).
 
-Split a call into rows, deal them to ranks, join rows of several calls into one forward, put the results together.
+Split a call into rows, join rows of several calls into one forward, put the results together.
 Which arguments carry rows is read off their shapes; what shapes cannot tell, the model's spec says (`RowRules`).
 A piece that is a whole call runs with the call's own arguments, so on one rank nothing is copied or re-ordered.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from denoised.steps.forward import Call, run_joined
-
-Tree = Any
-
-_BY_VALUE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, enum.Enum)
+from denoised.steps.trees import Tree, carries_rows, concatenate, rebuild, shape_signature, shared_leaves, take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,86 +72,6 @@ def cost(call: Call) -> int:
     return max(1, elements // max(1, batch_size(call)))
 
 
-# ------------------------------------------------------------------ trees of arguments
-
-
-def _carries_rows(value: Tree, batch: int, *, as_list: bool) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.dim() > 0 and value.shape[0] == batch
-    if not isinstance(value, list) or len(value) != batch:
-        return False
-    return as_list or not all(isinstance(x, torch.Tensor) and x.dim() and x.shape[0] == batch for x in value)
-
-
-def _pick(value: Tree, rows: tuple[int, ...]) -> Tree:
-    if isinstance(value, list):
-        return [value[i] for i in rows]
-    first, last = rows[0], rows[-1]
-    is_range = rows == tuple(range(first, last + 1))
-    return value[first : last + 1] if is_range else value[list(rows)]
-
-
-def take(value: Tree, rows: tuple[int, ...], batch: int, *, as_list: bool = False) -> Tree:
-    """The given rows of a tree of tensors and lists; what carries no rows is returned as it is."""
-    if _carries_rows(value, batch, as_list=as_list):
-        return _pick(value, rows)
-    if type(value) in (list, tuple):
-        return type(value)(take(x, rows, batch, as_list=_inner(value, as_list)) for x in value)
-    if isinstance(value, dict):
-        return _rebuild(value, {k: take(x, rows, batch, as_list=as_list) for k, x in value.items()})
-    return value
-
-
-def _inner(value: Tree, as_list: bool) -> bool:
-    """A list with one entry a row may stand inside a tuple or a model output, never inside another list."""
-    return as_list and isinstance(value, tuple)
-
-
-def _rebuild(original: dict[str, Any], items: dict[str, Any]) -> Any:
-    """A mapping of the same class: model outputs are ordered dicts with fields."""
-    return items if type(original) is dict else type(original)(**items)
-
-
-def concatenate(values: Sequence[Tree], batches: Sequence[int], *, as_list: bool = False) -> Tree:
-    """The inverse of `take` over several trees of one structure."""
-    first = values[0]
-    if _carries_rows(first, batches[0], as_list=as_list):
-        return [x for v in values for x in v] if isinstance(first, list) else torch.cat(list(values))
-    if type(first) in (list, tuple):
-        inner = _inner(first, as_list)
-        return type(first)(concatenate([v[i] for v in values], batches, as_list=inner) for i in range(len(first)))
-    if isinstance(first, dict):
-        return _rebuild(first, {k: concatenate([v[k] for v in values], batches, as_list=as_list) for k in first})
-    return first
-
-
-def _shape_signature(value: Tree, batch: int, *, as_list: bool = False) -> Any:
-    """What must agree for rows to be joined, as far as shapes tell."""
-    if isinstance(value, torch.Tensor):
-        shape = tuple(value.shape)
-        return (shape[1:] if _carries_rows(value, batch, as_list=as_list) else ("shared", *shape), value.dtype)
-    if _carries_rows(value, batch, as_list=as_list):
-        return ("rows", *sorted({repr(_shape_signature(x, -1)) for x in value}))
-    if type(value) in (list, tuple):
-        return tuple(_shape_signature(x, batch) for x in value)
-    if isinstance(value, dict):
-        return tuple((k, _shape_signature(x, batch)) for k, x in value.items())
-    # Only what Python compares by value may be equal and yet another object: a repr can hide a difference.
-    return (type(value).__name__, repr(value)) if isinstance(value, _BY_VALUE) else (type(value).__name__, id(value))
-
-
-def _shared_leaves(value: Tree, batch: int, *, as_list: bool = False) -> Iterable[torch.Tensor]:
-    if _carries_rows(value, batch, as_list=as_list):
-        return
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif type(value) in (list, tuple):
-        for x in value:
-            yield from _shared_leaves(x, batch)
-    elif isinstance(value, dict):
-        yield from _shared_leaves(list(value.values()), batch)
-
-
 def row_pattern(call: Call, rules: RowRules) -> Any:
     """Which arguments carry rows: what a check of untrusted rules has to be repeated for."""
     batch = batch_size(call)
@@ -166,16 +82,13 @@ def row_pattern(call: Call, rules: RowRules) -> Any:
 
 
 def _pattern(value: Tree, batch: int, *, as_list: bool) -> Any:
-    if _carries_rows(value, batch, as_list=as_list):
+    if carries_rows(value, batch, as_list=as_list):
         return "rows"
     if isinstance(value, dict):
         return tuple((k, _pattern(x, batch, as_list=False)) for k, x in value.items())
     if type(value) in (list, tuple):
         return tuple(_pattern(x, batch, as_list=False) for x in value)
     return type(value).__name__
-
-
-# ------------------------------------------------------------------ calls
 
 
 def signature(call: Call, rules: RowRules) -> Any:
@@ -187,12 +100,12 @@ def signature(call: Call, rules: RowRules) -> Any:
 
 def _argument_signature(name: str, value: Tree, batch: int, rules: RowRules) -> Any:
     if name in rules.shared:
-        return ("shared", _shape_signature(value, -1))
+        return ("shared", shape_signature(value, -1))
     if name in rules.padded and isinstance(value, torch.Tensor):
         return ("padded", value.shape[2:], value.dtype)
     if name in rules.padded.values():
         return ("mask",)
-    return _shape_signature(value, batch, as_list=name in rules.lists)
+    return shape_signature(value, batch, as_list=name in rules.lists)
 
 
 def shares_tensors(a: Call, b: Call, rules: RowRules) -> bool:
@@ -206,7 +119,7 @@ def _shared(call: Call, rules: RowRules) -> list[torch.Tensor]:
     for name, value in sorted(call.named_arguments().items()):
         if name in rules.padded or name in rules.padded.values():
             continue
-        leaves += _shared_leaves(value, -1 if name in rules.shared else batch, as_list=name in rules.lists)
+        leaves += shared_leaves(value, -1 if name in rules.shared else batch, as_list=name in rules.lists)
     return leaves
 
 
@@ -268,7 +181,7 @@ def _copied(value: Tree) -> Tree:
         return value.clone()
     if type(value) in (list, tuple):
         return type(value)(_copied(x) for x in value)
-    return _rebuild(value, {k: _copied(x) for k, x in value.items()}) if isinstance(value, dict) else value
+    return rebuild(value, {k: _copied(x) for k, x in value.items()}) if isinstance(value, dict) else value
 
 
 def assemble(pieces: Sequence[Piece], outputs: Sequence[Tree]) -> Tree:
@@ -299,72 +212,3 @@ def _close(a: Tree, b: Tree) -> bool:
     if isinstance(a, dict):
         return all(_close(a[k], b[k]) for k in a)
     return all(map(_close, a, b)) if isinstance(a, list | tuple) else True
-
-
-# ------------------------------------------------------------------ dealing
-
-
-@dataclass(kw_only=True)
-class Placement:
-    """Which rank of the cfg axis a row lives on, for the life of its request: its caches are there.
-
-    A new row goes to the rank with the least work. Every rank computes the same placement from the same calls.
-    """
-
-    num_ranks: int
-    _rank: dict[tuple[str, int, int], int] = field(default_factory=dict)
-    _cost: dict[tuple[str, int, int], int] = field(default_factory=dict)
-
-    def rank_of(self, call: Call, row: int) -> int:
-        key = (call.task_id, call.branch, row)
-        if key not in self._rank:
-            loads = [sum(c for k, c in self._cost.items() if self._rank[k] == r) for r in range(self.num_ranks)]
-            self._rank[key] = loads.index(min(loads))
-            self._cost[key] = cost(call)
-        return self._rank[key]
-
-    def release(self, task_id: str) -> None:
-        """Forget the rows of a finished request."""
-        for table in (self._rank, self._cost):
-            for key in [k for k in table if k[0] == task_id]:
-                del table[key]
-
-    def deal(self, call: Call, *, splittable: bool) -> dict[int, Piece]:
-        """Rank to piece. A call that cannot be split goes to the rank of its first row."""
-        batch = batch_size(call)
-        if not splittable or self.num_ranks == 1:
-            return {self.rank_of(call, 0): Piece(call=call, rows=tuple(range(batch)), batch=batch)}
-        rows: dict[int, list[int]] = {}
-        for row in range(batch):
-            rows.setdefault(self.rank_of(call, row), []).append(row)
-        return {rank: Piece(call=call, rows=tuple(r), batch=batch) for rank, r in sorted(rows.items())}
-
-
-def group(
-    pieces: Sequence[Piece],
-    rules: Callable[[Call], RowRules],
-    may_join: Callable[[Piece, Piece], bool],
-    max_rows: int,
-) -> list[list[Piece]]:
-    """Pieces that share a forward, at most `max_rows` rows of it.
-
-    Rows of one request alone are never joined: run in turn they give the bytes of the plain pipeline.
-    """
-    groups: list[tuple[Any, list[Piece]]] = []
-    for piece in pieces:
-        sign = signature(piece.call, rules(piece.call))
-        fits = (g for s, g in groups if s == sign and _rows(g) + len(piece.rows) <= max_rows and may_join(g[0], piece))
-        home = next(fits, None)
-        if home is None:
-            groups.append((sign, [piece]))
-        else:
-            home.append(piece)
-    return [part for _, g in groups for part in ([g] if _num_tasks(g) > 1 else [[piece] for piece in g])]
-
-
-def _rows(pieces: Sequence[Piece]) -> int:
-    return sum(len(piece.rows) for piece in pieces)
-
-
-def _num_tasks(pieces: Sequence[Piece]) -> int:
-    return len({piece.call.task_id for piece in pieces})

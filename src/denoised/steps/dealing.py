@@ -1,0 +1,94 @@
+"""Which rank runs which rows, and which rows share a forward.
+
+Every rank computes the same answers from the same calls; nothing here knows of processes or groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from denoised.steps.forward import Call
+from denoised.steps.rows import Piece, RowRules, batch_size, cost, signature
+
+Key = tuple[str, int, int]
+
+
+@dataclass(kw_only=True)
+class Placement:
+    """Which rank of the cfg axis a row lives on, for the life of its request: its caches are there.
+
+    New rows go to the rank with the least work. A call stays whole unless it is more than a rank's fair share.
+    """
+
+    num_ranks: int
+    _rank: dict[Key, int] = field(default_factory=dict)
+    _cost: dict[Key, int] = field(default_factory=dict)
+
+    def deal(self, calls: Sequence[Call], splittable: Callable[[Call], bool]) -> list[tuple[int, Piece]]:
+        """Rank and piece for all rows of the calls of a tick. A call that cannot be split stays whole."""
+        total = sum(cost(call) * batch_size(call) for call in calls)
+        return [
+            item
+            for call in calls
+            for item in self._pieces(
+                call, whole=cost(call) * batch_size(call) * self.num_ranks <= total, splittable=splittable
+            )
+        ]
+
+    def _pieces(self, call: Call, *, whole: bool, splittable: Callable[[Call], bool]) -> list[tuple[int, Piece]]:
+        batch = batch_size(call)
+        keys = [(call.task_id, call.branch, row) for row in range(batch)]
+        divisible = not whole and splittable(call)  # asking may cost a forward, so only where it matters
+        for key in keys:
+            if key not in self._rank:
+                self._place(key, None if divisible else self._rank.get(keys[0]), cost(call))
+        homes = sorted({self._rank[key] for key in keys})
+        if not divisible and not whole:
+            homes = [self._rank[keys[0]]]
+        rows = {home: tuple(row for row, key in enumerate(keys) if self._rank[key] == home) for home in homes}
+        if len(homes) == 1:
+            rows[homes[0]] = tuple(range(batch))
+        return [(home, Piece(call=call, rows=rows[home], batch=batch)) for home in homes]
+
+    def _place(self, key: Key, home: int | None, work: int) -> None:
+        loads = [sum(c for k, c in self._cost.items() if self._rank[k] == rank) for rank in range(self.num_ranks)]
+        self._rank[key] = loads.index(min(loads)) if home is None else home
+        self._cost[key] = work
+
+    def release(self, task_id: str) -> None:
+        """Forget the rows of a finished request."""
+        for table in (self._rank, self._cost):
+            for key in [k for k in table if k[0] == task_id]:
+                del table[key]
+
+
+def group(
+    pieces: Sequence[Piece],
+    rules: Callable[[Call], RowRules],
+    may_join: Callable[[Piece, Piece], bool],
+    max_rows: int,
+) -> list[list[Piece]]:
+    """Pieces that share a forward, at most `max_rows` rows of it.
+
+    Rows of one request alone are never joined: run in turn they give the bytes of the plain pipeline.
+    """
+    groups: list[tuple[Any, list[Piece]]] = []
+    for piece in pieces:
+        sign = signature(piece.call, rules(piece.call))
+        fits = (g for s, g in groups if s == sign and _rows(g) + len(piece.rows) <= max_rows and may_join(g[0], piece))
+        home = next(fits, None)
+        if home is None:
+            groups.append((sign, [piece]))
+        else:
+            home.append(piece)
+    return [part for _, g in groups for part in ([g] if _num_tasks(g) > 1 else [[piece] for piece in g])]
+
+
+def _rows(pieces: Sequence[Piece]) -> int:
+    return sum(len(piece.rows) for piece in pieces)
+
+
+def _num_tasks(pieces: Sequence[Piece]) -> int:
+    return len({piece.call.task_id for piece in pieces})
