@@ -7,7 +7,6 @@ A request gives the same result whenever it is run, because its seed is fixed be
 from __future__ import annotations
 
 import atexit
-import collections
 import dataclasses
 import logging
 import queue
@@ -18,18 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from denoised.config import EngineConfig, validate
-from denoised.errors import EngineError, ModelError, RequestAbortedError, one_line
+from denoised.errors import EngineError, RequestAbortedError, one_line
 from denoised.request import OmniRequestOutput, Progress, Request
 from denoised.runtime import launch, load
-from denoised.runtime.model_info import ModelInfo
-from denoised.runtime.protocol import Command, Event, Failed, Profiled, RankSpec, Ready
+from denoised.runtime.crew import Crew, Mailbox
+from denoised.runtime.protocol import Command, Event, Failed, Profiled
 from denoised.runtime.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
 Listener = Callable[[Progress | OmniRequestOutput], None]
-# A rank that dies while loading dies again; three tries rule out bad luck.
-MAX_STARTS = 3
 # Seconds that writing traces may take.
 PROFILE_PATIENCE = 300.0
 
@@ -51,9 +48,6 @@ class Pending:
             _log.exception("the listener of request %s raised", self.request.request_id)
 
 
-_Item = tuple[int, int, Event | None] | Callable[[], None]
-
-
 class Client:
     """Runs one engine. Thread-safe; listeners are called on the client's own thread and must not block."""
 
@@ -61,20 +55,17 @@ class Client:
         validate(config, num_devices=_num_devices(config))
         self._scratch: str | None = None
         self._config = self._transportable(config)
-        self._torchrun = launch.torchrun_rank()
-        self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
-        self._postponed: collections.deque[_Item] = collections.deque()
+        self._inbox = Mailbox()
+        self._crew = Crew(self._config, self._inbox, lambda: self._closed)
         self._unclaimed: dict[str, OmniRequestOutput] = {}
         self._door = threading.Lock()
         self._pending: dict[str, Pending] = {}
-        self._generation = 0
         self._broken: str | None = None
         self._profile_listener: Callable[[list[str]], None] | None = None
         self._closed = False
         self.restarts = 0
-        self._ranks: launch.Ranks | None = None
         try:
-            self.info = self._start()
+            self.info = self._crew.start()
         except BaseException:
             self._shut()
             raise
@@ -100,7 +91,7 @@ class Client:
 
     def start_profile(self) -> None:
         """Every rank starts a trace."""
-        self._inbox.put(lambda: self._send(Command(start_profile=True)))
+        self._inbox.put(lambda: self._crew.send(Command(start_profile=True)))
 
     def stop_profile(self, folder: str) -> list[str]:
         """Every rank writes its trace into `folder`; the files, when all are written."""
@@ -110,7 +101,7 @@ class Client:
             if self._broken:
                 answer.put([])
             self._profile_listener = answer.put
-            self._send(Command(stop_profile=folder))
+            self._crew.send(Command(stop_profile=folder))
 
         self._inbox.put(ask)
         return answer.get(timeout=PROFILE_PATIENCE)
@@ -118,7 +109,7 @@ class Client:
     @property
     def rank_pids(self) -> list[int]:
         """Process ids of the ranks; empty where the one rank is a thread of this process."""
-        return list(self._ranks.pids) if self._ranks is not None else []
+        return self._crew.pids
 
     def close(self) -> None:
         """Stop the ranks; requests without an output fail."""
@@ -138,11 +129,11 @@ class Client:
 
     def _loop(self) -> None:
         while True:
-            item = self._postponed.popleft() if self._postponed else self._inbox.get()
+            item = self._inbox.get()
             try:
                 if callable(item):
                     item()
-                elif item[0] == self._generation:
+                elif item[0] == self._crew.generation:
                     self._handle(item[1], item[2])
             except Exception as error:  # whatever it is, nobody must wait for ever
                 _log.exception("the client failed")
@@ -169,20 +160,15 @@ class Client:
         for request_id in self._scheduler.admit():
             request = self._pending[request_id].request
             try:
-                self._send(Command(admit=request))
+                self._crew.send(Command(admit=request))
             except Exception as error:
                 problem = f"the request cannot be sent to the ranks ({one_line(error)}); give plain values."
                 self._end(request_id, _error(request, problem))
 
-    def _send(self, command: Command) -> None:
-        # The other ranks of torchrun hear of it from rank 0.
-        if self._ranks is not None and self._torchrun in (None, 0):
-            self._ranks.send(command)
-
     def _abort(self, request_id: str) -> None:
         if request_id in self._scheduler.running:
             self._pending[request_id].aborted = True
-            self._send(Command(cancel=request_id))
+            self._crew.send(Command(cancel=request_id))
         elif request_id in self._pending:
             self._end(request_id, _error(self._pending[request_id].request, str(RequestAbortedError("aborted"))))
 
@@ -206,7 +192,7 @@ class Client:
                 receipt = dataclasses.replace(output.receipt, restarts=entry.restarts)
                 output = dataclasses.replace(output, receipt=receipt)
             entry.tell(output)
-        elif self._torchrun:  # rank 0's program is ahead of this one, which has yet to ask
+        elif self._crew.torchrun:  # rank 0's program is ahead of this one, which has yet to ask
             self._unclaimed[request_id] = output
         self._admit()
 
@@ -224,9 +210,9 @@ class Client:
             entry.tell(_error(entry.request, str(RequestAbortedError("aborted"))))
         self.restarts += 1
         try:
-            if self._torchrun is not None:
+            if self._crew.torchrun is not None:
                 raise EngineError(f"{reason}; torchrun restarts ranks, not this process.")
-            self._start()
+            self._crew.start()
         except Exception as error:
             self._fail_all(f"the engine cannot run any more: {error}")
             return
@@ -242,79 +228,10 @@ class Client:
             self._profile_listener([])
 
     def _stop(self) -> None:
-        self._generation += 1  # whatever the ranks still say is history
-        if self._ranks is not None:
-            self._send(Command(stop=True))
+        self._crew.stop()
         self._fail_all("the engine was closed before this request was done.")
 
-    # ---- ranks
-
-    def _start(self) -> ModelInfo:
-        """Start ranks and wait until all are ready.
-
-        Raises:
-            ModelError, InvalidConfigError: the user's to mend.
-            EngineError: ranks died `MAX_STARTS` times.
-        """
-        problem = ""
-        for _ in range(MAX_STARTS):
-            self._kill_ranks()
-            if self._closed:
-                raise EngineError("it was closed.")
-            self._generation += 1
-            try:
-                self._ranks = self._launch(self._generation)
-            except (EngineError, EOFError, OSError) as error:
-                problem = f"the ranks could not be started ({one_line(error)})."
-                continue
-            try:
-                info, problem = self._await_ready()
-            except BaseException:
-                self._kill_ranks()
-                raise
-            if info is not None:
-                return info
-        self._kill_ranks()
-        raise EngineError(problem)
-
-    def _kill_ranks(self) -> None:
-        if self._ranks is not None:
-            self._ranks.kill()
-            self._ranks.join(timeout=10)
-            self._ranks = None
-
-    def _await_ready(self) -> tuple[ModelInfo | None, str]:
-        local = self._torchrun is not None
-        waiting = {self._torchrun or 0} if local else set(range(self._config.parallel_config.world_size))
-        while True:
-            item = self._inbox.get()
-            if callable(item):
-                self._postponed.append(item)
-                if item == self._stop:
-                    return None, "it was closed."
-                continue
-            generation, rank, event = item
-            if generation != self._generation:
-                continue
-            if isinstance(event, Ready):
-                waiting.discard(rank)
-                if not waiting:
-                    return event.info, ""
-            elif isinstance(event, Failed) and event.by_user:
-                raise ModelError(event.error)
-            elif event is None or isinstance(event, Failed):
-                return None, f"rank {rank} " + (f"failed: {event.error}" if event else "died while it started")
-
-    def _launch(self, generation: int) -> launch.Ranks:
-        def deliver(rank: int, event: Event | None) -> None:
-            self._inbox.put((generation, rank, event))
-
-        if self._torchrun is not None:
-            return launch.ThreadRank(launch.torchrun_spec(self._config), deliver)
-        if self._config.parallel_config.world_size == 1:
-            spec = RankSpec(config=self._config, rank=0, local_rank=0, world_size=1, local_world_size=1)
-            return launch.ThreadRank(spec, deliver)
-        return launch.shared_host().fork(self._config, deliver)
+    # ---- the model and the end
 
     def _transportable(self, config: EngineConfig) -> EngineConfig:
         """A pipeline object reaches ranks in other processes as a folder."""
@@ -328,9 +245,7 @@ class Client:
         return dataclasses.replace(config, model=self._scratch)
 
     def _shut(self) -> None:
-        if self._ranks is not None:
-            self._ranks.join(timeout=10)
-        self._kill_ranks()
+        self._crew.join()
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-from denoised.errors import InvalidRequestError, RequestAbortedError, one_line
+from denoised.errors import RequestAbortedError, one_line
 from denoised.features.guidance import Guidance, Outcome, Work
-from denoised.request import OmniRequestOutput, Progress, RankWork, Receipt, Request
-from denoised.runtime import finite, memory, program
+from denoised.request import OmniRequestOutput, Progress, Request
+from denoised.runtime import finite, program
 from denoised.runtime.encoder_cache import EncoderCache
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.profile import RankProfiler, stage
 from denoised.runtime.protocol import Command, Profiled
+from denoised.runtime.results import CallError, InFlight, failed, output
 from denoised.spec.model_spec import ModelSpec
 from denoised.steps.forward import Call, Stage
 from denoised.steps.task import Task
@@ -29,29 +29,6 @@ from denoised.steps.trap import StepObserver
 from denoised.steps.wire import Wire
 
 EngineEvent = Progress | OmniRequestOutput | Profiled
-
-
-@dataclass(kw_only=True)
-class InFlight:
-    """A request on this rank."""
-
-    request: Request
-    task: Task
-    observer: StepObserver | None
-    started: float
-    step: int = 0
-    total_steps: int = 0
-    reported: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {stage.value: 0.0 for stage in Stage})
-    cache_hits: int = 0
-    cache_misses: int = 0
-
-    def report(self, step: int, total: int) -> None:
-        self.step, self.total_steps = step, total
-
-
-class CallError(RuntimeError):
-    """An error inside a component call, as the program sees it."""
 
 
 class Engine:
@@ -211,7 +188,7 @@ class Engine:
         try:
             call = program.build(self._pipeline, request, self._info, report=flight.report, observer=observer)
         except Exception as error:
-            self._events.append(_failed(request, error))
+            self._events.append(failed(request, error))
             return
         flight.task = Task(request.request_id, call, seed=request.seed, arities=self._arities, defer=self._spec.defer)
         self._in_flight[request.request_id] = flight
@@ -222,7 +199,7 @@ class Engine:
         if flight is not None:
             flight.task.cancel()
             self._release(request_id)
-            self._events.append(_failed(flight.request, RequestAbortedError("aborted")))
+            self._events.append(failed(flight.request, RequestAbortedError("aborted")))
 
     def _release(self, request_id: str) -> Work:
         if self._wire is not None:
@@ -243,54 +220,11 @@ class Engine:
 
     def _result(self, flight: InFlight, work: list[Work]) -> OmniRequestOutput:
         if flight.task.error is not None:
-            return _failed(flight.request, flight.task.error)
+            return failed(flight.request, flight.task.error)
         try:
-            return self._output(flight, work)
+            return output(flight, work, self._info, self._axes)
         except Exception as error:
-            return _failed(flight.request, error)
-
-    def _output(self, flight: InFlight, work: list[Work]) -> OmniRequestOutput:
-        params, observer = flight.request.params, flight.observer
-        media = program.media(flight.task.value, params, self._info)
-        receipt = self._receipt(flight, work)
-        total = time.perf_counter() - flight.started
-        return OmniRequestOutput(
-            request_id=flight.request.request_id,
-            prompt=flight.request.prompt,
-            images=media.images,
-            videos=media.videos,
-            audios=media.audios,
-            latents=media.latents,
-            trajectory_latents=observer.latents if observer else None,
-            trajectory_timesteps=observer.timesteps if observer else None,
-            metrics={"seconds": total, "steps_per_second": receipt.steps / max(total, 1e-9)},
-            stage_durations=dict(flight.seconds),
-            peak_memory_mb=receipt.peak_memory_mb,
-            receipt=receipt,
-        )
-
-    def _receipt(self, flight: InFlight, work: list[Work]) -> Receipt:
-        return Receipt(
-            model=self._info.model,
-            pipeline=self._info.pipeline,
-            world_size=len(work),
-            parallel={name: size for name, size in self._axes.items() if size > 1},
-            dtype=self._info.dtype,
-            device=self._info.device,
-            seed=flight.request.seed,
-            steps=flight.step,
-            ranks=[
-                RankWork(rank=r, forwards=w.forwards, rows=w.rows, seconds=round(w.seconds, 6))
-                for r, w in enumerate(work)
-            ],
-            rows_joined=sum(w.rows_joined for w in work),
-            encoder_cache_hits=flight.cache_hits,
-            encoder_cache_misses=flight.cache_misses,
-            stage_seconds={name: round(seconds, 6) for name, seconds in flight.seconds.items()},
-            peak_memory_mb=memory.peak_mb(),
-            versions=memory.versions(),
-            notes=list(flight.task.notes),
-        )
+            return failed(flight.request, error)
 
 
 def _name(call: Call) -> tuple[str, str, str, int]:
@@ -299,9 +233,3 @@ def _name(call: Call) -> tuple[str, str, str, int]:
 
 def _end(flight: InFlight) -> tuple[str, bool]:
     return (flight.task.task_id, flight.task.error is None)
-
-
-def _failed(request: Request, error: Exception) -> OmniRequestOutput:
-    """The output of a request that failed; other requests are not touched."""
-    text = str(error) if isinstance(error, InvalidRequestError | RequestAbortedError | CallError) else one_line(error)
-    return OmniRequestOutput(request_id=request.request_id, prompt=request.prompt, error=text)

@@ -179,8 +179,8 @@ def _check_size(params: OmniDiffusionSamplingParams, info: ModelInfo, config: En
     pixels = (params.height or _USUAL_SIDE) * (params.width or _USUAL_SIDE) if params.height or params.width else 0
     if pixels > config.max_pixels:
         raise InvalidRequestError(
-            f"height x width = {params.height or 'default'} x {params.width or 'default'} is more than max_pixels={config.max_pixels}; "
-            "ask for less or start with a larger max_pixels."
+            f"height x width = {params.height or 'default'} x {params.width or 'default'} is more than "
+            f"max_pixels={config.max_pixels}; ask for less or start with a larger max_pixels."
         )
 
 

@@ -1,0 +1,88 @@
+"""A request on this rank, from admission to its output and receipt."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from denoised.errors import InvalidRequestError, RequestAbortedError, one_line
+from denoised.features.guidance import Work
+from denoised.request import OmniRequestOutput, RankWork, Receipt, Request
+from denoised.runtime import memory, program
+from denoised.runtime.model_info import ModelInfo
+from denoised.steps.forward import Stage
+from denoised.steps.task import Task
+from denoised.steps.trap import StepObserver
+
+
+class CallError(RuntimeError):
+    """An error inside a component call, as the program sees it."""
+
+
+@dataclass(kw_only=True)
+class InFlight:
+    """A request on this rank."""
+
+    request: Request
+    task: Task
+    observer: StepObserver | None
+    started: float
+    step: int = 0
+    total_steps: int = 0
+    reported: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {stage.value: 0.0 for stage in Stage})
+    cache_hits: int = 0
+    cache_misses: int = 0
+
+    def report(self, step: int, total: int) -> None:
+        self.step, self.total_steps = step, total
+
+
+def failed(request: Request, error: Exception) -> OmniRequestOutput:
+    """The output of a request that failed; other requests are not touched."""
+    text = str(error) if isinstance(error, InvalidRequestError | RequestAbortedError | CallError) else one_line(error)
+    return OmniRequestOutput(request_id=request.request_id, prompt=request.prompt, error=text)
+
+
+def output(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str, int]) -> OmniRequestOutput:
+    """The output of a request that ended. `work` is what each rank did for it."""
+    media = program.media(flight.task.value, flight.request.params, info)
+    receipt = _receipt(flight, work, info, axes)
+    total = time.perf_counter() - flight.started
+    return OmniRequestOutput(
+        request_id=flight.request.request_id,
+        prompt=flight.request.prompt,
+        images=media.images,
+        videos=media.videos,
+        audios=media.audios,
+        latents=media.latents,
+        trajectory_latents=flight.observer.latents if flight.observer else None,
+        trajectory_timesteps=flight.observer.timesteps if flight.observer else None,
+        metrics={"seconds": total, "steps_per_second": receipt.steps / max(total, 1e-9)},
+        stage_durations=dict(flight.seconds),
+        peak_memory_mb=receipt.peak_memory_mb,
+        receipt=receipt,
+    )
+
+
+def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str, int]) -> Receipt:
+    return Receipt(
+        model=info.model,
+        pipeline=info.pipeline,
+        world_size=len(work),
+        parallel={name: size for name, size in axes.items() if size > 1},
+        dtype=info.dtype,
+        device=info.device,
+        seed=flight.request.seed,
+        steps=flight.step,
+        ranks=[
+            RankWork(rank=r, forwards=w.forwards, rows=w.rows, seconds=round(w.seconds, 6)) for r, w in enumerate(work)
+        ],
+        rows_joined=sum(w.rows_joined for w in work),
+        encoder_cache_hits=flight.cache_hits,
+        encoder_cache_misses=flight.cache_misses,
+        stage_seconds={name: round(seconds, 6) for name, seconds in flight.seconds.items()},
+        peak_memory_mb=memory.peak_mb(),
+        versions=memory.versions(),
+        notes=list(flight.task.notes),
+    )
