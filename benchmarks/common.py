@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import QwenImageTransformer2DModel
+from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from rich.console import Console
 from rich.table import Table
 from tests.tiny import ROWS
@@ -23,7 +23,7 @@ PROMPT = {"prompt": "a cat sits on the table", "negative_prompt": "two red birds
 
 
 def qwen_image(*, layers: int, heads: int, dtype: torch.dtype) -> Any:
-    """A Qwen-Image pipeline with a random transformer of `layers` blocks and `heads` heads of 64."""
+    """A Qwen-Image pipeline: a random transformer of `layers` blocks with `heads` heads of 64; the rest small."""
     pipeline = ROWS["qwen_image"].build()
     old = pipeline.transformer.config
     torch.manual_seed(0)
@@ -37,6 +37,18 @@ def qwen_image(*, layers: int, heads: int, dtype: torch.dtype) -> Any:
         joint_attention_dim=old.joint_attention_dim,
         axes_dims_rope=(16, 24, 24),
     ).eval()
+    channels = old.out_channels
+    # Eight pixels a latent, as the published VAE has: 512 x 512 is 1,024 tokens.
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=channels,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
+    ).eval()
+    pipeline = type(pipeline)(**{**pipeline.components, "vae": vae})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(dtype)
 
