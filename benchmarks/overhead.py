@@ -2,7 +2,7 @@
 
     python -m benchmarks.overhead [--steps 10] [--rounds 5]
 
-Same process, same threads, same model. One request of a model of about 50M random weights at 256x256; the same prompt
+Same process, same threads, same model. One request of a model of about 40M random weights at 256x256; the same prompt
 again (encoder reuse); eight small pictures of the built-in model, joined against eight in turn.
 """
 

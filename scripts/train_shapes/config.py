@@ -48,7 +48,7 @@ class DenoiserTraining:
     num_layers: int = 5
     num_heads: int = 4
     head_dim: int = 64
-    steps: int = 4_600
+    steps: int = 4_500
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup_steps: int = 150

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLQwenImage, QwenImagePipeline
 from torch import Tensor
 
 from .captions import Caption, Claim, Mention, claim_holds, describe, is_held_out
-from .judge import read_scene
+from .judge import colors_in, read_scene
 from .render import render
 from .scenes import CELLS, COLORS, SHAPES, SIZES, Scene, sample_scene, scene_at
 from .train import DESTINATION
@@ -86,6 +86,19 @@ def by_attribute(captions: Sequence[Caption], scenes: Sequence[Scene | None]) ->
     return table
 
 
+def by_place(captions: Sequence[Caption], scenes: Sequence[Scene | None]) -> dict[str, float]:
+    """Accuracy of captions that say where every object is, and of those that leave it to the model."""
+    table = {}
+    for name, wanted in (("said", True), ("open", False)):
+        pairs = [pair for pair in zip(captions, scenes, strict=True) if _is_placed(pair[0]) == wanted]
+        table[name] = round(accuracy(*zip(*pairs, strict=True)), 4)
+    return table
+
+
+def _is_placed(caption: Caption) -> bool:
+    return all(mention.cell for mention in caption.claim.mentions)
+
+
 def _only_mentions(attribute: str) -> Callable[[Claim], Claim]:
     def reduce(claim: Claim) -> Claim:
         mentions = [Mention(**{attribute: getattr(mention, attribute)}) for mention in claim.mentions]
@@ -138,15 +151,9 @@ def negative_prompt(pipeline: QwenImagePipeline, settings: Evaluation) -> dict[s
     prompts = [OPEN_PROMPTS[index % len(OPEN_PROMPTS)] for index in range(settings.num_negative)]
     shares = {}
     for name, negative in (("without", NEUTRAL), ("with", "red")):
-        scenes = [read_scene(picture) for picture in generate(pipeline, prompts, settings, negative=negative)]
-        read = [scene for scene in scenes if scene is not None]
-        shares[f"red_{name}"] = round(sum(_has_red(scene) for scene in read) / len(read), 4)
-        shares[f"readable_{name}"] = round(len(read) / len(scenes), 4)
-    return shares
-
-
-def _has_red(scene: Scene) -> bool:
-    return any(item.color == "red" for item in scene.items)
+        pictures = generate(pipeline, prompts, settings, negative=negative)
+        shares[f"red_{name}"] = round(sum("red" in colors_in(picture) for picture in pictures) / len(pictures), 4)
+    return {"pictures": settings.num_negative, **shares}
 
 
 def table(pipeline: QwenImagePipeline, settings: Evaluation) -> Iterator[dict[str, float]]:
@@ -178,6 +185,7 @@ def main_setting(pipeline: QwenImagePipeline, settings: Evaluation) -> dict[str,
         "steps": settings.steps,
         "pictures": len(captions),
         "accuracy": round(accuracy(captions, scenes), 4),
+        "by_place": by_place(captions, scenes),
         "by_attribute": by_attribute(captions, scenes),
         "failures": failures[:20],
     }

@@ -74,11 +74,17 @@ def export(config: Config, destination: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """No paths of this machine in the configurations; files readable by all."""
-    for path in folder.rglob("*.json"):
+    """No paths of this machine in the configurations; one type for all parts; files readable by all.
+
+    Unasked, diffusers loads its parts as float32 and transformers loads what the configuration names: name the same.
+    """
+    for path in folder.rglob("config.json"):
         content = json.loads(path.read_text())
-        if content.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(content, indent=2) + "\n")
+        content.pop("_name_or_path", None)
+        for part in (content, content.get("text_config", {}), content.get("vision_config", {})):
+            if "dtype" in part:
+                part["dtype"] = "float32"
+        path.write_text(json.dumps(content, indent=2) + "\n")
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)
 

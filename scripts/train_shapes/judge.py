@@ -21,14 +21,23 @@ CELL_BORDERS = (0.38, 0.62)
 
 def read_scene(picture: Tensor) -> Scene | None:
     """The scene of a `[rgb, y, x]` picture in 0..1; None where some patch is no shape at all."""
-    pixels = picture.permute(1, 2, 0).numpy()
-    background, away = _background(pixels)
-    patches = _patches(pixels, away > FOREGROUND)
+    background, patches = _look(picture)
     items = [_recognize(color, mask) for color, mask in patches]
     found = [item for item in items if item is not None]
     if len(found) < len(items) or not found:
         return None
     return Scene(items=tuple(sorted(found, key=lambda item: item.cell)), background=background)
+
+
+def colors_in(picture: Tensor) -> set[str]:
+    """The colours of all patches, whatever their shape."""
+    return {color for color, _ in _look(picture)[1]}
+
+
+def _look(picture: Tensor) -> tuple[str, list[tuple[str, np.ndarray]]]:
+    pixels = picture.permute(1, 2, 0).numpy()
+    background, away = _background(pixels)
+    return background, _patches(pixels, away > FOREGROUND)
 
 
 def _background(pixels: np.ndarray) -> tuple[str, np.ndarray]:

@@ -47,6 +47,7 @@ def write_tables(results: dict[str, Any]) -> None:
 def _main_lines(results: dict[str, Any]) -> list[str]:
     main, judge, negative = results["main"], results["judge"], results["negative_prompt"]
     rows = {f"everything right, {main['pictures']} held-out captions": main["accuracy"]}
+    rows |= {f"everything right, places {name}": value for name, value in main["by_place"].items()}
     rows |= {f"{name} right, where said": value for name, value in main["by_attribute"].items()}
     rows |= {
         "open prompts with something red, without a negative prompt": negative["red_without"],
