@@ -5,8 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+
+
+@cache
+def _devices() -> tuple[str, ...]:
+    """Kinds of devices that may autocast here. Asked once: the answer stays, and asking CUDA takes time."""
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +26,10 @@ class Ambient:
 
     @classmethod
     def capture(cls) -> Ambient:
-        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
         return cls(
             grad=torch.is_grad_enabled(),
             inference=torch.is_inference_mode_enabled(),
-            autocast=tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices),
+            autocast=tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _devices()),
         )
 
     @contextlib.contextmanager
