@@ -553,9 +553,11 @@ def test_the_program_of_our_guide_prints_the_same_under_torchrun(tmp_path, capsy
     assert found is not None
     script.write_text(found[1])
     runpy.run_path(str(script))
-    alone = capsys.readouterr().out.splitlines()
-    assert len(alone) == 1
-    assert printed_under_torchrun(script).splitlines() == alone * 2
+    (number,) = re.findall(r"-?\d+\.\d+", capsys.readouterr().out)
+    # Both ranks print to one pipe, and may do so at the same moment: their numbers stay whole, their lines may not.
+    printed = printed_under_torchrun(script)
+    assert printed.count(number) == 2
+    assert not re.search(r"\d", printed.replace(number, ""))
 
 
 # --- the pool of ranks itself

@@ -143,7 +143,12 @@ def test_ctrl_c_stops_cleanly(ranks: int, model: Path, tmp_path: Path) -> None:
         *flags,
     ]
     process = subprocess.Popen(
-        [*command, "--cfg-parallel-size", str(ranks)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*command, "--cfg-parallel-size", str(ranks)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell that runs the tests in the background has them, and their children, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     seen = b""
