@@ -82,9 +82,13 @@ def sample_caption(rng: random.Random, scene: Scene) -> Caption:
 
 
 def describe(rng: random.Random, scene: Scene) -> Caption:
-    """A caption that names every object of the scene."""
+    """A caption that names every object of the scene.
+
+    Places are left out only where the layout is the usual one, and the objects are then named in reading order: as
+    people do, who say where a thing is when it is not where one would expect it.
+    """
     items = list(scene.items)
-    says_size, says_place = rng.random() < 0.65, rng.random() < 0.7
+    says_size, says_place = rng.random() < 0.65, rng.random() < (0.3 if scene.has_usual_layout else 1)
     mentions = [_mention(rng, item, says_size=says_size) for item in items]
     body, mentions = _BODIES[len(items)](rng, items, mentions, says_place)
     return _finish(rng, body, Claim(count=len(items), mentions=tuple(mentions)), scene)
@@ -116,7 +120,7 @@ def _pair(rng: random.Random, items: list[Item], mentions: list[Mention], says_p
     first, second = (mentions[index] for index in order)
     cells = items[order[0]].cell, items[order[1]].cell
     if not says_place:
-        return _unplaced(rng, [first, second])
+        return _unplaced(rng, mentions)
     first, second = replace(first, cell=cells[0]), replace(second, cell=cells[1])
     if cells in RELATIONS and rng.random() < 0.7:
         return _related(rng, first, second)
@@ -137,7 +141,7 @@ def _related(rng: random.Random, first: Mention, second: Mention) -> Body:
 def _triple(rng: random.Random, items: list[Item], mentions: list[Mention], says_place: bool) -> Body:
     cells = tuple(item.cell for item in items)
     if not says_place:
-        return _unplaced(rng, rng.sample(mentions, 3))
+        return _unplaced(rng, mentions)
     placed = [replace(mention, cell=item.cell) for mention, item in zip(mentions, items, strict=True)]
     if cells in LINE_LAYOUTS and rng.random() < 0.6:
         return _in_line(rng, placed, cells)

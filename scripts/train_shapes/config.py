@@ -38,8 +38,8 @@ class TextTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class DataStage:
-    num_scenes: int = 36_864
-    captions_per_scene: int = 4
+    num_scenes: int = 61_440
+    captions_per_scene: int = 3
     shard_scenes: int = 4_096
 
 
@@ -48,11 +48,11 @@ class DenoiserTraining:
     num_layers: int = 5
     num_heads: int = 4
     head_dim: int = 64
-    steps: int = 4_500
-    batch_size: int = 64
+    steps: int = 7_400
+    batch_size: int = 128
     learning_rate: float = 1e-3
     warmup_steps: int = 150
-    level_until: float = 0.45  # share of the steps before the learning rate goes down
+    level_until: float = 0.6  # share of the steps before the learning rate goes down
     weight_decay: float = 0.01
     ema_decay: float = 0.999
     log_every: int = 10

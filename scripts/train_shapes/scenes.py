@@ -34,9 +34,11 @@ PAIR_LAYOUTS: tuple[tuple[Cell, ...], ...] = (
     ((0, 0), (2, 2)),
     ((0, 2), (2, 0)),
 )
-PAIR_WEIGHTS = (4, 4, 1, 1)
+PAIR_WEIGHTS = (5, 3, 1, 1)
 LINE_LAYOUTS: tuple[tuple[Cell, ...], ...] = (((1, 0), (1, 1), (1, 2)), ((0, 1), (1, 1), (2, 1)))
 TRIANGLE_LAYOUTS: tuple[tuple[Cell, ...], ...] = (((0, 1), (2, 0), (2, 2)), ((0, 0), (0, 2), (2, 1)))
+TRIANGLE_WEIGHTS = (6, 4)
+USUAL_LAYOUTS = (((1, 1),), PAIR_LAYOUTS[0], TRIANGLE_LAYOUTS[0])  # what needs no words: centre, side by side, a pyramid
 RADIUS = {"small": (0.115, 0.135), "large": (0.200, 0.222)}
 
 
@@ -55,6 +57,10 @@ class Item:
 class Scene:
     items: tuple[Item, ...]  # in reading order: top to bottom, then left to right
     background: str
+
+    @property
+    def has_usual_layout(self) -> bool:
+        return tuple(item.cell for item in self.items) in USUAL_LAYOUTS
 
 
 def sample_scene(rng: random.Random) -> Scene:
@@ -77,12 +83,12 @@ def scene_at(seed: int, index: int) -> Scene:
 def _sample_layout(rng: random.Random) -> tuple[tuple[Cell, ...], list[str]]:
     count = rng.choices((1, 2, 3), weights=(30, 40, 30))[0]
     if count == 1:
-        return (rng.choice(CELLS),), [rng.choice(SIZES)]
+        return (rng.choices(CELLS, weights=[4 if cell == (1, 1) else 1 for cell in CELLS])[0],), [rng.choice(SIZES)]
     if count == 2:
         return rng.choices(PAIR_LAYOUTS, weights=PAIR_WEIGHTS)[0], rng.choices(SIZES, k=2)
-    if rng.random() < 0.5:  # three in a line have room for small ones only
+    if rng.random() < 0.45:  # three in a line have room for small ones only
         return rng.choice(LINE_LAYOUTS), ["small"] * 3
-    return rng.choice(TRIANGLE_LAYOUTS), rng.choices(SIZES, k=3)
+    return rng.choices(TRIANGLE_LAYOUTS, weights=TRIANGLE_WEIGHTS)[0], rng.choices(SIZES, k=3)
 
 
 def _sample_words(rng: random.Random, words: tuple[str, ...], count: int, share_equal: float) -> list[str]:
