@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from denoised.runtime.load import BUILTIN
 from tests import tiny
 from tests.cli import denoised, refused
 
@@ -80,7 +79,6 @@ ABSENT = [
     "--ring_degree 2",
     "--tensor-parallel-size 2",
     "--pipeline_parallel_size 2",
-    "--data-parallel-size 2",
     "--vae-patch-parallel-size 2",
     "--text-encoder-tp-size 2",
     "--use-hsdp",
@@ -300,7 +298,6 @@ def test_ranks_in_other_processes_say_it_as_well(copy: Path, tmp_path: Path) -> 
     assert "img_in.weight" in refused(tmp_path, "a cat", "--model", copy, *flags)
 
 
-@pytest.mark.skipif(not (BUILTIN["shapes"] / "model_index.json").is_file(), reason="the built-in model is not trained")
 def test_built_in_model(tmp_path: Path) -> None:
     message = refused(tmp_path, "a red circle", "--height", 100, "--output", tmp_path / "out.png")
     assert "height=100" in message

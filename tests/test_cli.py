@@ -19,7 +19,7 @@ import denoised as package
 from denoised.cli import flags
 from denoised.cli.scales import Scales
 from denoised.errors import InvalidRequestError
-from denoised.request import OmniDiffusionSamplingParams
+from denoised.request import OmniDiffusionSamplingParams, PromptDict
 from denoised.runtime.model_info import ModelInfo
 from denoised.spec import support
 from tests import tiny
@@ -170,30 +170,45 @@ def _info(**settings: Any) -> ModelInfo:
     return ModelInfo(**{**dict.fromkeys(needed), "pipeline": "SomePipeline", **settings})
 
 
-def _onto(scales: Scales, params: dict[str, float], *parameters: str, negative: str | None = None) -> tuple[Any, ...]:
-    prompt = {"prompt": "a"} | ({} if negative is None else {"negative_prompt": negative})
-    info = _info(parameters=frozenset(parameters))
-    made, request = scales.onto(OmniDiffusionSamplingParams(**params), prompt, info)  # type: ignore[arg-type]
-    return made.guidance_scale, made.guidance_scale_2, made.true_cfg_scale, request.get("negative_prompt")
+def _onto(scales: Scales, params: dict[str, float], *parameters: str) -> tuple[float | None, ...]:
+    made = scales.onto(OmniDiffusionSamplingParams(**params), _info(parameters=frozenset(parameters)))  # type: ignore[arg-type]
+    return made.guidance_scale, made.guidance_scale_2, made.true_cfg_scale
 
 
 def test_cfg_scale_goes_where_the_model_takes_it() -> None:
     scale = Scales(cfg_scale=4.0)
-    assert _onto(scale, {}, "guidance_scale", "negative_prompt") == (4.0, None, None, None)
+    assert _onto(scale, {}, "guidance_scale", "negative_prompt") == (4.0, None, None)
     both = ("guidance_scale", "true_cfg_scale", "negative_prompt")
-    assert _onto(scale, {}, *both) == (None, None, 4.0, "")
-    assert _onto(scale, {}, *both, negative="red") == (None, None, 4.0, "red")
-    assert _onto(scale, {"guidance_scale": 2.0}, *both) == (2.0, None, 4.0, "")
-    assert _onto(Scales(cfg_scale=1.0), {}, *both) == (None, None, 1.0, None)
+    assert _onto(scale, {}, *both) == (None, None, 4.0)
+    assert _onto(scale, {"guidance_scale": 2.0}, *both) == (2.0, None, 4.0)
+    assert _onto(Scales(cfg_scale=1.0), {}, *both) == (None, None, 1.0)
     with pytest.raises(InvalidRequestError, match="one scale"):
         _onto(scale, {"guidance_scale": 2.0}, "guidance_scale")
+
+
+def test_guidance_without_a_negative_prompt_acts_against_the_empty_one() -> None:
+    """Guidance that the request or the defaults ask for; embeddings count as a negative prompt, 1 as no guidance."""
+    both = frozenset({"true_cfg_scale", "negative_prompt"})
+
+    def negative(scale: float | None, prompt: PromptDict, *, default: float | None = None, **extra: Any) -> str | None:
+        info = _info(parameters=both, defaults={} if default is None else {"true_cfg_scale": default})
+        params = OmniDiffusionSamplingParams(true_cfg_scale=scale, extra_args=extra)
+        return info.complete(prompt, params)[0].get("negative_prompt")
+
+    assert negative(4.0, {"prompt": "a"}) == ""
+    assert negative(None, {"prompt": "a"}, default=4.0) == ""
+    assert negative(1.0, {"prompt": "a"}, default=4.0) is None
+    assert negative(None, {"prompt": "a"}) is None
+    assert negative(4.0, {"prompt": "a", "negative_prompt": "red"}) == "red"
+    assert negative(4.0, {"prompt": "a", "negative_prompt_embeds": 1}) is None
+    assert negative(4.0, {"prompt": "a"}, negative_prompt_embeds=1) is None
 
 
 def test_guidance_scale_high_is_the_first_expert() -> None:
     """Wan's guidance_scale is that of its high-noise expert; scripts name the low-noise scale --guidance-scale."""
     taken = ("guidance_scale", "guidance_scale_2", "negative_prompt")
-    assert _onto(Scales(guidance_scale_high=4.0), {"guidance_scale": 3.0}, *taken) == (4.0, 3.0, None, None)
-    assert _onto(Scales(), {"guidance_scale": 3.0}, *taken) == (3.0, None, None, None)
+    assert _onto(Scales(guidance_scale_high=4.0), {"guidance_scale": 3.0}, *taken) == (4.0, 3.0, None)
+    assert _onto(Scales(), {"guidance_scale": 3.0}, *taken) == (3.0, None, None)
     with pytest.raises(InvalidRequestError, match="needs guidance_scale"):
         _onto(Scales(guidance_scale_high=4.0), {}, *taken)
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from denoised.runtime.load import BUILTIN
-
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
@@ -36,10 +34,6 @@ def test_programs_of_the_readme_compile() -> None:
         compile(program, "README.md", "exec")
 
 
-TRAINED = (BUILTIN["shapes"] / "model_index.json").is_file()
-
-
-@pytest.mark.skipif(not TRAINED, reason="the built-in model is not trained")
 def test_quick_start_runs(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _python("README.md")[0]], cwd=tmp_path, capture_output=True, text=True

@@ -105,10 +105,24 @@ def test_texts_of_different_lengths_join_by_padding() -> None:
 def test_what_a_pipeline_warns_of_is_in_the_receipt() -> None:
     """Guidance that cannot act, because there is no negative prompt, is said and not swallowed."""
     with engine("qwen_image") as omni:
-        params = OmniDiffusionSamplingParams(height=64, width=64, num_inference_steps=2, true_cfg_scale=4.0)
+        params = OmniDiffusionSamplingParams(height=64, width=64, num_inference_steps=2)
         guided, plain_one = omni.generate(
             [{"prompt": "a cat", "negative_prompt": "blurry"}, "a cat"], params, use_tqdm=False
         )
     assert guided.receipt.notes == []
     assert len(plain_one.receipt.notes) == 1
     assert "no negative_prompt is provided" in plain_one.receipt.notes[0]
+
+
+def test_guidance_that_is_asked_for_acts_without_a_negative_prompt() -> None:
+    """Against the empty one, in Python as on the command line."""
+    request = {"prompt": "a cat", "height": 64, "width": 64, "num_inference_steps": 2, "true_cfg_scale": 3.0}
+    with engine("qwen_image") as omni:
+        prompt, params = as_omni(request, 5, "latent")
+        (output,) = omni.generate([prompt], params, use_tqdm=False)
+    expected = plain("qwen_image", request | {"negative_prompt": ""}, 5, "latent")
+    assert difference(expected, media(output)) == 0
+    assert difference(plain("qwen_image", request, 5, "latent"), media(output)) > 1e-3
+    assert output.receipt is not None
+    assert output.receipt.ranks[0].rows == 4
+    assert output.receipt.notes == []

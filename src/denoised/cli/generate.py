@@ -106,7 +106,7 @@ def _run(
         if pictures:
             converted = [picture.convert(engine.info.image_mode) for picture in pictures]
             request["multi_modal_data"] = {"image": converted if len(converted) > 1 else converted[0]}
-        params, request = scales.onto(params, request, engine.info)
+        params = scales.onto(params, engine.info)
         target = files.target_for(output, engine.info.kind, engine.info.pipeline)
         [result] = engine.generate([request], params)
         if result.error is not None:

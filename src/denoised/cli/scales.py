@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from denoised.checks import bounded, check_fields
 from denoised.errors import InvalidRequestError
-from denoised.request import OmniDiffusionSamplingParams, PromptDict
+from denoised.request import OmniDiffusionSamplingParams
 from denoised.runtime.model_info import ModelInfo
 
 
@@ -31,10 +31,8 @@ class Scales:
     def __post_init__(self) -> None:
         check_fields(self, InvalidRequestError)
 
-    def onto(
-        self, params: OmniDiffusionSamplingParams, request: PromptDict, info: ModelInfo
-    ) -> tuple[OmniDiffusionSamplingParams, PromptDict]:
-        """A request with these scales under the names that the loaded model has for them.
+    def onto(self, params: OmniDiffusionSamplingParams, info: ModelInfo) -> OmniDiffusionSamplingParams:
+        """The parameters with these scales under the names that the loaded model has for them.
 
         Raises:
             InvalidRequestError: the model has no such scale, or it is given twice.
@@ -43,7 +41,7 @@ class Scales:
             params = self._two_experts(self.guidance_scale_high, params, info)
         if self.cfg_scale is not None:
             params = self._guided(self.cfg_scale, params, info)
-        return params, _against_something(request, params, info)
+        return params
 
     def _guided(
         self, scale: float, params: OmniDiffusionSamplingParams, info: ModelInfo
@@ -73,11 +71,3 @@ class Scales:
                 f"guidance_scale_high={high} needs guidance_scale, for the low-noise expert, and no guidance_scale_2."
             )
         return replace(params, guidance_scale=high, guidance_scale_2=params.guidance_scale)
-
-
-def _against_something(request: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo) -> PromptDict:
-    """A true_cfg_scale acts only beside a negative prompt: without one, against the empty one."""
-    scale = params.true_cfg_scale if params.true_cfg_scale is not None else info.defaults.get("true_cfg_scale", 1)
-    if scale > 1 and {"true_cfg_scale", "negative_prompt"} <= info.parameters:
-        return {"negative_prompt": "", **request}
-    return request

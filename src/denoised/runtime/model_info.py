@@ -49,10 +49,23 @@ class ModelInfo:
     image_mode: str = "RGB"
     defaults: dict[str, Any] = field(default_factory=dict)
 
-    def defaults_for(self, prompt: PromptDict) -> dict[str, Any]:
-        """Sampling parameters for what a request leaves open. Guidance needs a negative prompt to act on."""
-        unguided = "negative_prompt" not in prompt and "negative_prompt_embeds" not in prompt
-        return {k: v for k, v in self.defaults.items() if not (unguided and k == "true_cfg_scale")}
+    def complete(
+        self, prompt: PromptDict, params: OmniDiffusionSamplingParams
+    ) -> tuple[PromptDict, OmniDiffusionSamplingParams]:
+        """A request with the model's defaults in it.
+
+        Guidance that was asked for, by the request or by the defaults, must act: without a negative prompt it acts
+        against the empty one. (A pipeline's own default scale is left to the pipeline.)
+        """
+        params = params.with_defaults(self.defaults)
+        negative = {"negative_prompt", "negative_prompt_embeds"} & (prompt.keys() | params.extra_args.keys())
+        if (
+            not negative
+            and (params.true_cfg_scale or 0) > 1
+            and {"true_cfg_scale", "negative_prompt"} <= self.parameters
+        ):
+            prompt = {**prompt, "negative_prompt": ""}
+        return prompt, params
 
 
 def describe(

@@ -96,7 +96,7 @@ class _Frontend:
 
     def _request(self, request_id: str, prompt: Any, params: SamplingParams | None) -> Request:
         prompt = as_prompt(prompt)
-        params = (params or SamplingParams()).with_defaults(self.info.defaults_for(prompt))
+        prompt, params = self.info.complete(prompt, params or SamplingParams())
         model_info.check(prompt, params, self.info, self.config)
         seed = params.seed if params.seed is not None else secrets.randbits(31)
         state = None
