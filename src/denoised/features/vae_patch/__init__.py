@@ -1,0 +1,106 @@
+"""VAE tiles dealt to ranks. Tiling itself, its overlaps and its blending, stays the VAE's own.
+
+The VAE's `encode` or `decode` runs twice. First to list: its encoder and decoder note what they are called with and
+answer with an empty tensor, which costs nothing and is cut and blended to nothing. Then each rank computes its share
+of the list, all tiles are exchanged, and the second run finds them as if it had just computed them.
+
+Knows nothing of models. Needs ranks that make the same calls with the same arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from denoised.errors import InvalidConfigError, one_line
+from denoised.features.vae_patch.exchange import compute
+from denoised.features.vae_patch.listing import Desk, quiet, tiles_of
+from denoised.features.vae_patch.sizes import resize
+from denoised.steps.collectives import Group
+from denoised.steps.tally import count
+
+FIELD = "vae_patch_parallel_size"
+WAY_OUT = f"use {FIELD}=1"
+
+
+def apply(vae: nn.Module, group: Group, tile_size: int | None = None) -> None:
+    """Enable tiling, and deal the tiles of `encode` and `decode` to `group`.
+
+    A picture of fewer tiles than ranks is computed whole on each rank, and counted as "vae_patch_single_tile".
+
+    Args:
+        tile_size: side of a tile in pixels; strides and overlaps keep their ratio to it. None: the VAE's own. Smaller
+            tiles let more ranks take part in a small picture, and change its values where tiles meet.
+
+    Raises:
+        InvalidConfigError: this VAE does not tile, or its tiles cannot be dealt.
+    """
+    _check(vae, group)
+    vae.enable_tiling()  # type: ignore[operator]
+    if tile_size is not None:
+        resize(vae, tile_size)
+    desk = Desk()
+    for name, child in vae.named_children():
+        forward = desk.part(child) if name in ("encoder", "decoder") else quiet(child.forward)
+        child.__dict__["forward"] = forward
+    _try(vae, desk, group)
+    for name in ("encode", "decode"):
+        vae.__dict__[name] = _dealt(getattr(vae, name), desk, group)
+
+
+def _dealt(method: Any, desk: Desk, group: Group) -> Any:
+    """`encode` or `decode`, its tiles computed by all ranks."""
+
+    @functools.wraps(method)
+    def dealt(*args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(method, *args, **kwargs)
+        calls = desk.listed(run)
+        tiles = tiles_of(calls)
+        if len(tiles) < group.size():
+            count("vae_patch_single_tile")
+            return run()
+        return desk.found(run, compute(calls, tiles, group))
+
+    return dealt
+
+
+def _check(vae: nn.Module, group: Group) -> None:
+    name, size, config = type(vae).__name__, group.size(), getattr(vae, "config", {})
+    if size < 2:
+        raise InvalidConfigError(f"{FIELD}={size}: one rank has nobody to deal tiles of {name} to; use at least 2.")
+    if not hasattr(vae, "tiled_decode") or not isinstance(getattr(vae, "decoder", None), nn.Module):
+        raise InvalidConfigError(f"{FIELD}={size}: {name} has no tiled_decode, so it has no tiles to deal; {WAY_OUT}.")
+    noise = config.get("decoder_inject_noise", False)
+    if any(noise) if isinstance(noise, list | tuple) else noise:
+        raise InvalidConfigError(
+            f"{FIELD}={size}: the decoder of this {name} draws noise for each tile, so its result would depend on "
+            f"the number of ranks; {WAY_OUT}."
+        )
+
+
+def _try(vae: nn.Module, desk: Desk, group: Group) -> None:
+    """List the calls of a small decode: nothing is computed, and a VAE of another build shows itself now.
+
+    Raises:
+        InvalidConfigError: its decoder cannot be listed.
+    """
+    reason = "its decoder is not called"
+    try:
+        with torch.no_grad():
+            if desk.listed(functools.partial(_small_decode, vae)):
+                return
+    except Exception as error:
+        reason = one_line(error, limit=120)
+    raise InvalidConfigError(
+        f"{FIELD}={group.size()}: tiles of {type(vae).__name__} cannot be dealt ({reason}); {WAY_OUT}."
+    )
+
+
+def _small_decode(vae: Any) -> None:
+    """Decode latents of two by two, in two frames where the decoder's convolutions are in time too."""
+    weight = next(parameter for parameter in vae.decoder.parameters() if parameter.ndim > 3)
+    channels = vae.config.get("latent_channels") or vae.config["z_dim"]
+    vae.decode(weight.new_zeros(1, channels, *[2] * (weight.ndim - 2)))
