@@ -85,7 +85,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     made = Script()
 
     class Host:
-        def fork(self, config: EngineConfig, deliver: Any) -> PaperRanks:
+        def fork(self, config: EngineConfig, deliver: Any, **place: int) -> PaperRanks:
             return PaperRanks(made, deliver)
 
     monkeypatch.setattr(launch, "shared_host", Host)
@@ -320,7 +320,7 @@ def test_engine_that_cannot_start_again_fails_every_request(client: Client, scri
 
 def test_under_torchrun_an_output_may_come_before_its_request(client: Client, script: Script) -> None:
     """Rank 0's program is ahead: this rank's engine is done before this rank's program has asked."""
-    client._crew.torchrun = 1
+    client._replicas.torchrun = client._replicas.crews[0].torchrun = 1
     script.started[0].deliver(1, OmniRequestOutput(request_id="early", prompt={}))
     until(lambda: client._inbox.empty())
     assert ask(client, "early").output().error is None

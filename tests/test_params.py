@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from dataclasses import fields
 from typing import Any
 
@@ -174,3 +176,25 @@ def test_flow_shift_acts_on_the_copy_alone(make: Any) -> None:
     for scheduler in (mine, own):
         scheduler.set_timesteps(4)
     assert not torch.equal(mine.sigmas, own.sigmas)
+
+
+# Parameters whose own default is a value, and what an engine may have as its default instead.
+OWN = {"output_type": "pil", "num_outputs_per_prompt": 1, "return_trajectory_latents": False}
+ENGINES = {"output_type": "np", "num_outputs_per_prompt": 4, "return_trajectory_latents": True}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_value_that_equals_our_default_is_the_requests_word_all_the_same(name: str) -> None:
+    said = {name: OWN[name]}
+    given = Params(**said)
+    assert given == Params()
+    for params in (given, pickle.loads(pickle.dumps(given)), copy.deepcopy(given), Params(extra_args=said)):
+        filled = params.with_defaults(ENGINES)
+        assert {other: getattr(filled, other) for other in OWN} == ENGINES | said
+    assert getattr(Params().with_defaults(ENGINES), name) == ENGINES[name]
+
+
+def test_none_leaves_a_parameter_open_and_a_copy_knows_only_what_differs() -> None:
+    assert Params(height=None).with_defaults({"height": 64}).height == 64
+    changed = dataclasses.replace(Params(), output_type="pt").with_defaults(ENGINES)
+    assert (changed.output_type, changed.num_outputs_per_prompt) == ("pt", 4)

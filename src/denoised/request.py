@@ -5,8 +5,9 @@ Nothing here knows how a request is run, and nothing imports torch: the server a
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, TypedDict, cast
+from typing import Any, ClassVar, TypedDict, cast
 
 from denoised.checks import bounded, check_fields, unknown_names
 from denoised.errors import InvalidRequestError
@@ -33,6 +34,21 @@ Prompt = str | PromptDict
 """One prompt. A string is `{"prompt": string}`."""
 
 
+def _remembers_what_was_given(cls: Any) -> Any:
+    """A value that equals its field's default is the request's word all the same, so the given names are kept.
+    `dataclasses.replace` gives every name, which tells nothing: there, only values unlike the defaults count."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def initialize(self: Any, **given: Any) -> None:
+        object.__setattr__(self, "_given", frozenset(given) if len(given) < len(fields(cls)) else frozenset())
+        init(self, **given)
+
+    cls.__init__ = initialize
+    return cls
+
+
+@_remembers_what_was_given
 @dataclass(frozen=True, kw_only=True)
 class OmniDiffusionSamplingParams:
     """How one request is sampled. None means: the pipeline's own default.
@@ -78,6 +94,7 @@ class OmniDiffusionSamplingParams:
     frame_interpolation_scale: float | None = bounded(None, minimum=0, help="scale of the flow estimate")
     frame_interpolation_model_path: str | None = bounded(None, help="safetensors of the interpolation model")
     extra_args: dict[str, Any] = bounded({}, help="further keywords of the pipeline's __call__")
+    _given: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_fields(self, InvalidRequestError)
@@ -115,24 +132,28 @@ class OmniDiffusionSamplingParams:
         names = {f.name for f in fields(self)}
         moved = {k: v for k, v in self.extra_args.items() if k in names}
         if moved:
-            twice = [k for k, v in moved.items() if getattr(self, k) not in (None, v)]
+            twice = [k for k, v in moved.items() if self._says(k) and getattr(self, k) not in (None, v)]
             if twice:
                 raise InvalidRequestError(f"{twice[0]} is given twice, also in extra_args; give it once.")
             rest = {k: v for k, v in self.extra_args.items() if k not in names}
-            return replace(self, **moved, extra_args=rest).with_defaults(defaults)
+            merged = replace(self, **moved, extra_args=rest)
+            object.__setattr__(merged, "_given", self._given | moved.keys())  # which `replace` forgot
+            return merged.with_defaults(defaults)
         problem = unknown_names(defaults, (f.name for f in fields(self)), "default_sampling_params")
         if problem:
             raise InvalidRequestError(problem)
-        unset = {
-            f.name: f.default for f in fields(self) if f.default is None or isinstance(f.default, bool | int | str)
-        }
-        missing = {k: v for k, v in defaults.items() if k in unset and _same(getattr(self, k), unset[k])}
+        missing = {k: v for k, v in defaults.items() if k != "extra_args" and not self._says(k)}
         for given, instead in (("generator", "seed"), *((s, o) for s in _SCHEDULES for o in _SCHEDULES)):
             if getattr(self, given) is not None:
                 missing.pop(instead, None)
         if self.seed is not None:
             missing.pop("generator", None)
         return replace(self, **missing, extra_args={**defaults.get("extra_args", {}), **self.extra_args})
+
+    def _says(self, name: str) -> bool:
+        """Whether the request has its own word on a parameter. None says nothing: it leaves it to the pipeline."""
+        value = getattr(self, name)
+        return not _same(value, getattr(type(self), name)) or (value is not None and name in self._given)
 
 
 # Three ways to say the same; a default of one gives way to a request's own word in another.
@@ -157,12 +178,18 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class RankWork:
-    """What one rank did for one request: denoiser forwards that ran there, rows in them, seconds."""
+    """What one rank did for one request: denoiser forwards that ran there, rows in them, seconds.
+
+    `counts` says what features did inside: collectives and their bytes, tiles, gathered blocks. `idle_seconds` of
+    `seconds` were spent waiting for other pipeline stages.
+    """
 
     rank: int
     forwards: int
     rows: int
     seconds: float
+    idle_seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +212,7 @@ class Receipt:
     encoder_cache_hits: int = 0
     encoder_cache_misses: int = 0
     restarts: int = 0
+    replica: int = 0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)

@@ -1,142 +1,173 @@
-"""The ranks of one engine, one generation after another: starting them, waiting until they are ready, ending them.
+"""The ranks of one replica, one generation after another: starting them, waiting until they are ready, ending them.
 
-Knows nothing of requests. What ranks say lands in the client's mailbox, marked with their generation.
+Knows nothing of requests, nor of other replicas. What ranks say goes to the client, marked with their generation.
 """
 
 from __future__ import annotations
 
-import collections
 import queue
+import threading
 from collections.abc import Callable
 
 from denoised.config import EngineConfig
-from denoised.errors import EngineError, ModelError, one_line
+from denoised.errors import EngineError, InvalidConfigError, ModelError, one_line
 from denoised.runtime import launch
 from denoised.runtime.model_info import ModelInfo
-from denoised.runtime.protocol import Command, Event, Failed, RankSpec, Ready
+from denoised.runtime.protocol import Command, Deliver, Event, Failed, RankSpec, Ready
 
 # A rank that dies while loading dies again; three tries rule out bad luck.
 MAX_STARTS = 3
 _CLOSED = "it was closed."
 
-RankSays = tuple[int, int, Event | None]
-"""Generation, rank, and what the rank says; None: it is gone."""
-Item = RankSays | Callable[[], None]
+Say = Callable[[int, int, Event | None], None]
+"""Takes a generation, a rank of it, and what that rank says; None: it is gone."""
 
 
-class Mailbox:
-    """What ranks say and what callers ask, in order. What is asked while ranks start waits for the next `get`."""
+class Line:
+    """What the ranks of one generation say: to the one who starts them until they are ready, then to the client."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        self._postponed: collections.deque[Item] = collections.deque()
+        self._held: queue.SimpleQueue[tuple[int, Event | None] | None] = queue.SimpleQueue()
+        self._out: Deliver | None = None
+        self._lock = threading.Lock()
 
-    def put(self, item: Item) -> None:
-        self._queue.put(item)
+    def deliver(self, rank: int, event: Event | None) -> None:
+        with self._lock:
+            if self._out is None:
+                self._held.put((rank, event))
+            else:
+                self._out(rank, event)
 
-    def get(self) -> Item:
-        return self._postponed.popleft() if self._postponed else self._queue.get()
+    def next(self) -> tuple[int, Event | None] | None:
+        """What a rank says while it starts; None: nobody waits for these ranks any more."""
+        return self._held.get()
 
-    def get_from_ranks(self) -> RankSays | None:
-        """What a rank says next; None after something that a caller asks, which is postponed."""
-        item = self._queue.get()
-        if callable(item):
-            self._postponed.append(item)
-            return None
-        return item
+    def hang_up(self) -> None:
+        """End the wait of `next`."""
+        self._held.put(None)
 
-    def empty(self) -> bool:
-        return self._queue.empty() and not self._postponed
+    def open(self, out: Deliver) -> None:
+        """From here on everything goes to `out`, first what was said meanwhile."""
+        with self._lock:
+            while not self._held.empty():
+                if (said := self._held.get()) is not None:
+                    out(*said)
+            self._out = out
 
 
 class Crew:
-    """Ranks that can be replaced. `closed` says whether the client has been closed meanwhile."""
+    """Ranks that can be replaced. `start` may run on a thread of its own; one at a time.
 
-    def __init__(self, config: EngineConfig, mailbox: Mailbox, closed: Callable[[], bool]) -> None:
-        self._config, self._mailbox, self._closed = config, mailbox, closed
+    Args:
+        config: of one replica: its `data_parallel_size` is 1.
+        replica: which one, of `num_replicas`.
+        say: takes what ranks say, from `attend` on; must not block.
+    """
+
+    def __init__(self, config: EngineConfig, say: Say, *, replica: int = 0, num_replicas: int = 1) -> None:
+        self._config, self._say = config, say
+        self._replica, self._num_replicas = replica, num_replicas
         self._ranks: launch.Ranks | None = None
+        self._line = Line()
+        self._stopped = False
         self.torchrun = launch.torchrun_rank()
         self.generation = 0
 
     @property
     def pids(self) -> list[int]:
-        """Process ids; empty where the one rank is a thread of this process."""
-        return list(self._ranks.pids) if self._ranks is not None else []
+        """Process ids; empty where the one rank is a thread of this process, and while ranks start."""
+        ranks = self._ranks
+        return list(ranks.pids) if ranks is not None else []
 
     def send(self, command: Command) -> None:
+        ranks = self._ranks
         # The other ranks of torchrun hear of it from rank 0.
-        if self._ranks is not None and self.torchrun in (None, 0):
-            self._ranks.send(command)
+        if ranks is not None and self.torchrun in (None, 0):
+            ranks.send(command)
+
+    def retire(self) -> None:
+        """Whatever these ranks still say is history."""
+        self.generation += 1
 
     def start(self) -> ModelInfo:
-        """Start ranks, in place of those that are there, and wait until all are ready.
+        """Start ranks, in place of those that are there, and wait until all are ready. Then call `attend`.
 
         Raises:
             ModelError, InvalidConfigError: the user's to mend.
-            EngineError: ranks died `MAX_STARTS` times, or the client was closed.
+            EngineError: ranks died `MAX_STARTS` times, or `stop` was called.
         """
+        try:
+            return self._start()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _start(self) -> ModelInfo:
         problem = ""
         for _ in range(MAX_STARTS):
             self.kill()
-            if self._closed():
+            if self._stopped:
                 raise EngineError(_CLOSED)
-            self.generation += 1
+            self.retire()
+            self._line = line = Line()
             try:
-                self._ranks = self._launch(self.generation)
+                self._ranks = self._launch(line.deliver)
+                info, problem = self._await_ready(line)
             except (EngineError, EOFError, OSError) as error:
                 problem = f"the ranks could not be started ({one_line(error)})."
                 continue
-            info, problem = self._await_ready()
             if info is not None:
                 return info
-        self.kill()
         raise EngineError(problem)
 
+    def attend(self) -> None:
+        """From here on what the ranks say goes to the client, first what they said since they are ready."""
+        generation = self.generation
+        self._line.open(lambda rank, event: self._say(generation, rank, event))
+
     def stop(self) -> None:
-        """Ask the ranks to end; whatever they still say is history."""
-        self.generation += 1
+        """Ask the ranks to end; those that are just starting are not waited for."""
+        self._stopped = True
+        self.retire()
+        self._line.hang_up()
         self.send(Command(stop=True))
 
     def join(self) -> None:
         """Wait a while for ranks that were asked to end, then end them."""
-        if self._ranks is not None:
-            self._ranks.join(timeout=10)
+        ranks = self._ranks
+        if ranks is not None:
+            ranks.join(timeout=10)
         self.kill()
 
     def kill(self) -> None:
-        if self._ranks is not None:
-            self._ranks.kill()
-            self._ranks.join(timeout=10)
-            self._ranks = None
+        ranks, self._ranks = self._ranks, None
+        if ranks is not None:
+            ranks.kill()
+            ranks.join(timeout=10)
 
-    def _await_ready(self) -> tuple[ModelInfo | None, str]:
+    def _await_ready(self, line: Line) -> tuple[ModelInfo | None, str]:
         """What was loaded, or why nothing was."""
         size = self._config.parallel_config.world_size
         waiting = set(range(size)) if self.torchrun is None else {self.torchrun}
         while True:
-            said = self._mailbox.get_from_ranks()
-            if self._closed():
+            said = None if self._stopped else line.next()
+            if said is None:
                 return None, _CLOSED
-            if said is None or said[0] != self.generation:
-                continue
-            _, rank, event = said
+            rank, event = said
             if isinstance(event, Ready):
                 waiting.discard(rank)
                 if not waiting:
                     return event.info, ""
             elif isinstance(event, Failed) and event.by_user:
-                self.kill()
-                raise ModelError(event.error)
+                raise (InvalidConfigError if event.by_settings else ModelError)(event.error)
             elif event is None or isinstance(event, Failed):
                 return None, f"rank {rank} " + (f"failed: {event.error}" if event else "died while it started")
 
-    def _launch(self, generation: int) -> launch.Ranks:
-        def deliver(rank: int, event: Event | None) -> None:
-            self._mailbox.put((generation, rank, event))
-
+    def _launch(self, deliver: Deliver) -> launch.Ranks:
         if self.torchrun is not None:
             return launch.ThreadRank(launch.torchrun_spec(self._config), deliver)
-        if self._config.parallel_config.world_size == 1:
+        if self._config.parallel_config.world_size == self._num_replicas == 1:
             spec = RankSpec(config=self._config, rank=0, local_rank=0, world_size=1, local_world_size=1)
             return launch.ThreadRank(spec, deliver)
-        return launch.shared_host().fork(self._config, deliver)
+        host = launch.shared_host()
+        return host.fork(self._config, deliver, replica=self._replica, num_replicas=self._num_replicas)

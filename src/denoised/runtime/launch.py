@@ -145,32 +145,21 @@ class Host:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def fork(self, config: EngineConfig, deliver: Deliver) -> ForkedRanks:
-        """Start all ranks of `config`."""
+    def fork(self, config: EngineConfig, deliver: Deliver, *, replica: int = 0, num_replicas: int = 1) -> ForkedRanks:
+        """Start all ranks of `config`, which is one replica's."""
         with self._lock:
-            return self._fork(config, deliver)
+            return self._fork(config, deliver, replica, num_replicas)
 
-    def _fork(self, config: EngineConfig, deliver: Deliver) -> ForkedRanks:
+    def _fork(self, config: EngineConfig, deliver: Deliver, replica: int, num_replicas: int) -> ForkedRanks:
         self._generation += 1
         rendezvous = f"file://{self._folder.name}/store-{self._generation}"
-        world_size = config.parallel_config.world_size
         pids: list[int] = []
-        for rank in range(world_size):
-            self._connection.send(
-                RankSpec(
-                    config=config,
-                    rank=rank,
-                    local_rank=rank,
-                    world_size=world_size,
-                    local_world_size=world_size,
-                    rendezvous=rendezvous,
-                    import_path=tuple(sys.path),
-                )
-            )
+        for spec in rank_specs(config, rendezvous, replica, num_replicas):
+            self._connection.send(spec)
             pids.append(self._connection.recv())
         channels: dict[int, PickleChannel] = {}
         try:
-            while len(channels) < world_size:
+            while len(channels) < len(pids):
                 channel = self._accept(pids)
                 with contextlib.suppress(EOFError):  # it died after it called; its pid tells
                     group, rank = channel.recv()
@@ -191,6 +180,23 @@ class Host:
             self._process.wait()
         self._listener.close()
         self._folder.cleanup()
+
+
+def rank_specs(config: EngineConfig, rendezvous: str, replica: int, num_replicas: int) -> list[RankSpec]:
+    """All ranks of one of `num_replicas` replicas on this node, whose devices they take one after another."""
+    world_size = config.parallel_config.world_size
+    return [
+        RankSpec(
+            config=config,
+            rank=rank,
+            local_rank=replica * world_size + rank,
+            world_size=world_size,
+            local_world_size=num_replicas * world_size,
+            rendezvous=rendezvous,
+            import_path=tuple(sys.path),
+        )
+        for rank in range(world_size)
+    ]
 
 
 _shared: Host | None = None

@@ -1,0 +1,60 @@
+"""What a request will probably cost, before it runs: tokens x branches for a step, and its number of steps.
+
+Only compared with the cost of other requests of the same model, to deal them to replicas; no result depends on it.
+Steps that a request leaves to its pipeline are guessed here and corrected by the first word from the ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from denoised.request import OmniDiffusionSamplingParams, Request
+from denoised.runtime.model_info import ModelInfo
+
+# What most pipelines take where a request says nothing.
+USUAL_SIDE = 1024  # pixels
+USUAL_FRAMES = 81
+USUAL_STEPS = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Tokens of one step, over all guidance branches and outputs, and the number of steps."""
+
+    per_step: float = 1.0
+    steps: int = 1
+
+    @property
+    def total(self) -> float:
+        return self.per_step * self.steps
+
+
+def predict(request: Request, info: ModelInfo) -> Cost:
+    """The cost of a request that has been checked against `info`."""
+    params = request.params
+    outputs = params.num_outputs_per_prompt * (params.layers or 1)
+    return Cost(per_step=float(_tokens(params, info) * _branches(request, info) * outputs), steps=_steps(params))
+
+
+def _tokens(params: OmniDiffusionSamplingParams, info: ModelInfo) -> int:
+    """Patches of one output: of its area, times its latent frames."""
+    side = params.resolution or USUAL_SIDE
+    area = (params.height or side) * (params.width or side)
+    frames = (params.num_frames or USUAL_FRAMES) if info.kind == "video" else 1
+    return max(1, area // info.size_multiple**2) * ((frames - 1) // info.frame_multiple + 1)
+
+
+def _steps(params: OmniDiffusionSamplingParams) -> int:
+    schedule = params.sigmas or params.timesteps
+    return len(schedule) if schedule else params.num_inference_steps or USUAL_STEPS
+
+
+def _branches(request: Request, info: ModelInfo) -> int:
+    """2 where guidance seems to act. Beside a scale of true guidance, the other one is an input of the model."""
+    params, prompt = request.params, request.prompt
+    if "true_cfg_scale" in info.parameters:
+        scale: float | None = params.true_cfg_scale
+        possible = any(prompt.get(key) is not None for key in ("negative_prompt", "negative_prompt_embeds"))
+    else:
+        scale, possible = params.guidance_scale, "negative_prompt" in info.parameters
+    return 2 if possible and (scale is None or scale > 1) else 1
