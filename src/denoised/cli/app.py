@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from denoised import __version__
 from denoised.cli.generate import generate
 from denoised.cli.models import models
+from denoised.cli.plan import plan
 from denoised.errors import DenoisedError, one_line
 
 FAILED = 2
@@ -71,6 +72,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(models)
+app.command()(plan)
 
 
 @app.callback()

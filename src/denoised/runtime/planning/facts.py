@@ -1,0 +1,135 @@
+"""What a plan knows of a model: sizes and operations, for one request. Plain numbers; no torch, no modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from denoised.spec.model_spec import Kind
+
+Role = Literal["denoiser", "encoder", "vae", "other"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One part of the pipeline. `heads`: of a text encoder, by which its tensor degree is limited; 0: not known."""
+
+    name: str
+    class_name: str
+    role: Role
+    num_params: int
+    heads: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Lengths of the sequences of one row.
+
+    image: of what is made, input pictures included. text: of the prompt. once: how often what is computed from
+    the timestep is computed: 1, or for every image token. audio: of sound that is made beside a video.
+    """
+
+    image: int
+    text: int
+    once: int = 1
+    audio: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Operations and exchanges of some layers on one row. Sums with `+`.
+
+    divisible_params, whole_params: weights that tensor parallelism divides, and those that it copies.
+    token_flops: what sequence and tensor parallelism divide; attention_flops is the part of it inside attention.
+    once_flops: what all ranks compute, from the timestep.
+    reduced, num_reduces: values summed over tensor ranks, and in how many calls. gathered, num_gathers: likewise those
+        that are put together from the ranks' parts.
+    exchanged, num_attentions: queries, keys, values and answers of all self-attentions, in values: what Ulysses moves.
+    widest: the most values of a token inside a layer.
+    """
+
+    divisible_params: int = 0
+    whole_params: int = 0
+    token_flops: float = 0
+    attention_flops: float = 0
+    once_flops: float = 0
+    reduced: float = 0
+    num_reduces: int = 0
+    gathered: float = 0
+    num_gathers: int = 0
+    exchanged: float = 0
+    num_attentions: int = 0
+    widest: int = 0
+
+    @property
+    def params(self) -> int:
+        return self.divisible_params + self.whole_params
+
+    @property
+    def flops(self) -> float:
+        return self.token_flops + self.once_flops
+
+    def __add__(self, other: Work) -> Work:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _SUMMED}
+        return Work(**sums, widest=max(self.widest, other.widest))
+
+
+_SUMMED = tuple(name for name in Work.__dataclass_fields__ if name != "widest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoiser:
+    """A denoiser: its blocks in order of execution, and the rest, which every rank holds and computes.
+
+    heads: of its attentions; several numbers where they differ. Empty without blocks of a transformer (a UNet), where
+    only whole rows can be dealt. width: values of one token between blocks.
+    """
+
+    name: str
+    class_name: str
+    blocks: tuple[Work, ...]
+    rest: Work
+    heads: frozenset[int]
+    width: int
+
+    @cached_property
+    def work(self) -> Work:
+        return sum(self.blocks, self.rest)
+
+    @property
+    def divisible(self) -> bool:
+        return bool(self.heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """A model and a request for it.
+
+    itemsize: bytes of a weight. num_rows: guidance branches x requests in flight. latent_values: of one prediction.
+    decode_flops, decode_bytes: of the VAE on one output; None where it could not be traced.
+    vae_tiles: the VAE can decode in tiles, which ranks can share.
+    """
+
+    model: str
+    pipeline: str
+    kind: Kind
+    itemsize: int
+    components: tuple[Component, ...]
+    denoisers: tuple[Denoiser, ...]
+    tokens: Tokens
+    num_rows: int
+    num_steps: int
+    size: tuple[int, ...]
+    latent_values: int
+    decode_flops: float | None
+    decode_bytes: float | None
+    vae_tiles: bool
+
+    @property
+    def flops_per_row(self) -> float:
+        """Of one denoiser call with one row; experts take turns, so that one is enough."""
+        return self.denoisers[0].work.flops
+
+    def bytes_of(self, name: str) -> int:
+        return next(part.num_params for part in self.components if part.name == name) * self.itemsize

@@ -1,0 +1,93 @@
+"""Bytes that one rank of a layout needs: weights by component, and what lives beside them while it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from denoised.runtime.planning.facts import Component, Denoiser, ModelFacts, Work
+from denoised.runtime.planning.layout import Layout
+
+# Values of a token that live at once between a block's layers, in widths of the stream: the stream itself, what is
+# added to it, the normalized copy, queries, keys, values, the answer, and one more where layouts are changed.
+LIVE_WIDTHS = 8
+# Blocks that HSDP holds whole at once: the one that computes and the one that is fetched meanwhile.
+GATHERED_BLOCKS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank. weights: by component. working: the larger of what the denoiser and the VAE need."""
+
+    weights: dict[str, float]
+    working: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.weights.values()) + self.working
+
+
+def memory(layout: Layout, model: ModelFacts) -> Memory:
+    """What the fullest rank needs."""
+    denoisers = {denoiser.name: denoiser for denoiser in model.denoisers}
+    weights = {part.name: _weights(part, denoisers.get(part.name), layout) for part in model.components}
+    sized = {name: params * model.itemsize for name, params in weights.items()}
+    return Memory(weights=sized, working=max(_denoising(layout, model), _decoding(layout, model)))
+
+
+def _weights(part: Component, denoiser: Denoiser | None, layout: Layout) -> float:
+    sharded = layout.shards if part.role in ("denoiser", "encoder") else 1
+    if denoiser is not None:
+        return (held(denoiser.rest, layout.tensor) + fullest_stage(denoiser, layout)) / sharded
+    return part.num_params / (layout.text_encoder_tp if part.role == "encoder" else 1) / sharded
+
+
+def held(work: Work, tensor: int) -> float:
+    """Weights of some layers on one tensor rank."""
+    return work.divisible_params / tensor + work.whole_params
+
+
+def stages(denoiser: Denoiser, num_stages: int) -> list[tuple[Work, ...]]:
+    """The blocks, cut into stages of about equal weights."""
+    total = sum(block.params for block in denoiser.blocks)
+    cut: list[list[Work]] = [[] for _ in range(num_stages)]
+    before = 0.0
+    for block in denoiser.blocks:
+        middle = before + block.params / 2
+        cut[min(int(middle / total * num_stages), num_stages - 1)].append(block)
+        before += block.params
+    return [tuple(stage) for stage in cut]
+
+
+def fullest_stage(denoiser: Denoiser, layout: Layout) -> float:
+    """Weights of the stage that holds most."""
+    return max(sum(held(block, layout.tensor) for block in stage) for stage in stages(denoiser, layout.pipeline))
+
+
+def rows_of_a_rank(layout: Layout, model: ModelFacts) -> int:
+    """Rows that the busiest rank of the cfg axis has."""
+    return -(-model.num_rows // layout.cfg)
+
+
+def _denoising(layout: Layout, model: ModelFacts) -> float:
+    """The denoiser's, for all rows of a rank joined; stages of a pipeline take them one by one."""
+    rows = 1 if layout.pipeline > 1 else rows_of_a_rank(layout, model)
+    return max(rows * _row(layout, model, d) + _gathered(layout, model, d) for d in model.denoisers)
+
+
+def _row(layout: Layout, model: ModelFacts, denoiser: Denoiser) -> float:
+    if not denoiser.divisible:
+        return float(denoiser.rest.widest * model.itemsize)
+    tokens = (model.tokens.image + model.tokens.text) / layout.sequence
+    widest = denoiser.work.widest / layout.tensor
+    return tokens * (LIVE_WIDTHS * denoiser.width + 2 * widest) * model.itemsize
+
+
+def _gathered(layout: Layout, model: ModelFacts, denoiser: Denoiser) -> float:
+    if not layout.hsdp:
+        return 0.0
+    largest = max((held(block, layout.tensor) for block in denoiser.blocks), default=0.0)
+    return GATHERED_BLOCKS * largest * model.itemsize
+
+
+def _decoding(layout: Layout, model: ModelFacts) -> float:
+    return (model.decode_bytes or 0.0) / layout.vae_patch
