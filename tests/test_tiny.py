@@ -53,6 +53,12 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def num_steps(request: Request) -> int:
+    """Pyramids have steps at each of their sizes."""
+    pyramid: list[int] = request.get("pyramid_num_inference_steps_list", [])
+    return sum(pyramid) if pyramid else int(request["num_inference_steps"])
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
@@ -77,8 +83,8 @@ def recorded(pipeline: DiffusionPipeline) -> Iterator[list[Call]]:
     calls: list[Call] = []
 
     def record(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latents = args[0] if args else kwargs["hidden_states"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        latents = args[0] if args else kwargs.get("hidden_states", kwargs.get("vision_tokens"))
+        timestep = args[1] if len(args) > 1 else kwargs[next(name for name in kwargs if "timestep" in name)]
         calls.append(Call(float(timestep.flatten()[0]), len(latents)))
 
     names = ("transformer", "transformer_2", "unet")
@@ -114,7 +120,7 @@ def test_guidance_matters(loaded: Loaded) -> None:
 def test_requests_differ_and_run(loaded: Loaded) -> None:
     requests = [loaded.row.request(i) for i in range(3)]
     assert len({request["prompt"] for request in requests}) == 3
-    assert len({request["num_inference_steps"] for request in requests}) == 3
+    assert len({num_steps(request) for request in requests}) == 3
     for request in requests[1:]:
         assert loaded(request).isfinite().all()
 
@@ -125,7 +131,7 @@ def test_branches_are_as_declared(loaded: Loaded) -> None:
     steps: dict[float, list[int]] = defaultdict(list)
     for call in calls:
         steps[call.timestep].append(call.batch)
-    assert len(steps) == loaded.row.request(0)["num_inference_steps"]
+    assert len(steps) == num_steps(loaded.row.request(0))
     fullest = max(steps.values(), key=sum)
     assert sum(fullest) == loaded.row.branches
     assert any(batch > 1 for batch in fullest) == loaded.row.batched

@@ -34,11 +34,23 @@ MODELS = {
     "wan22_t2v": "Wan2.2-T2V-A14B",
     "wan22_ti2v": "Wan2.2-TI2V-5B",
     "wan22_i2v": "Wan2.2-I2V-A14B",
+    "wan21_vace": "Wan2.1-VACE",
     "z_image": "Z-Image",
     "z_image_turbo": "Z-Image-Turbo",
     "longcat_image": "LongCat-Image",
     "longcat_image_edit": "LongCat-Image-Edit",
     "ovis_image": "Ovis-Image",
+    "ernie_image": "ERNIE-Image",
+    "hidream_i1": "HiDream-I1-Full",
+    "glm_image": "GLM-Image",
+    "hunyuan_video15_t2v": "HunyuanVideo-1.5-T2V",
+    "hunyuan_video15_i2v": "HunyuanVideo-1.5-I2V",
+    "ltx2": "LTX-2",
+    "ltx23": "LTX-2.3",
+    "helios": "Helios",
+    "helios_pyramid": "Helios-Pyramid",
+    "cosmos3_image": "Cosmos3 (image)",
+    "cosmos3_video": "Cosmos3 (video)",
     "stable_audio": "Stable-Audio-Open",
     "sdxl": "SDXL (no spec)",
     "sana": "Sana (no spec)",
@@ -81,7 +93,7 @@ def plain(name: str, request: Request, seed: int, output_type: str) -> list[torc
     pipeline = _pipeline(folder(name))
     torch.set_num_threads(1)
     result = pipeline(**request, generator=torch.Generator().manual_seed(seed), output_type=output_type)
-    return tensors(next(getattr(result, n) for n in ("images", "frames", "audios") if hasattr(result, n)))
+    return tensors(next(getattr(result, n) for n in ("images", "frames", "video", "audios") if hasattr(result, n)))
 
 
 @functools.cache

@@ -86,7 +86,7 @@ def test_interleaved_at_random(name: str) -> None:
         assert output.receipt.rows_joined == 0
 
 
-@every_row
+@pytest.mark.parametrize("name", [name for name in ORDER if ROWS[name].joins])
 @pytest.mark.cell("joined")
 def test_joined(name: str) -> None:
     """Requests whose rows have one shape share forwards."""

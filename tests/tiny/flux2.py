@@ -14,14 +14,14 @@ from tests.tiny.pictures import picture
 from tests.tiny.row import Request, Row, varied
 from tests.tiny.weights import randomize
 
-_CHANNELS = 4
+CHANNELS = 4
 _TEXT_LAYERS = (1, 2, 3)  # of the tiny encoder; their hidden states are joined
 
 
 def _transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
     model = Flux2Transformer2DModel(
         patch_size=1,
-        in_channels=4 * _CHANNELS,
+        in_channels=4 * CHANNELS,
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=16,
@@ -34,21 +34,21 @@ def _transformer(guidance_embeds: bool) -> Flux2Transformer2DModel:
     return randomize(model, 61, gain=1.5)
 
 
-def _vae() -> AutoencoderKLFlux2:
+def vae() -> AutoencoderKLFlux2:
     stages = 3
-    vae = AutoencoderKLFlux2(
+    model = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * stages,
         up_block_types=("UpDecoderBlock2D",) * stages,
         block_out_channels=(8,) * stages,
         layers_per_block=1,
-        latent_channels=_CHANNELS,
+        latent_channels=CHANNELS,
         norm_num_groups=4,
         sample_size=64,
     )
     # The statistics are buffers, not weights; at zero and one a wrong normalisation would not show.
-    vae.bn.running_mean.copy_(torch.linspace(-0.3, 0.3, 4 * _CHANNELS))
-    vae.bn.running_var.copy_(torch.linspace(0.7, 1.4, 4 * _CHANNELS))
-    return randomize(vae, 62)
+    model.bn.running_mean.copy_(torch.linspace(-0.3, 0.3, 4 * CHANNELS))
+    model.bn.running_var.copy_(torch.linspace(0.7, 1.4, 4 * CHANNELS))
+    return randomize(model, 62)
 
 
 def _scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -59,7 +59,7 @@ def _dev() -> Flux2Pipeline:
     tokenizer = tokenizers.qwen()  # in place of the Mistral processor: the pipeline only applies its chat template
     return Flux2Pipeline(
         scheduler=_scheduler(),
-        vae=_vae(),
+        vae=vae(),
         text_encoder=encoders.mistral3(tokenizer),
         tokenizer=tokenizer,
         transformer=_transformer(guidance_embeds=True),
@@ -70,7 +70,7 @@ def _klein() -> Flux2KleinPipeline:
     tokenizer = tokenizers.qwen()
     return Flux2KleinPipeline(
         scheduler=_scheduler(),
-        vae=_vae(),
+        vae=vae(),
         text_encoder=encoders.qwen3_causal(tokenizer),
         tokenizer=tokenizer,
         transformer=_transformer(guidance_embeds=False),

@@ -27,6 +27,7 @@ class Row:
     unguided: Callable[[int], Request] | None = None  # None: the model has no guidance, or cannot leave it out
     branches: int  # guidance branches of request(0), at the step that has most of them
     batched: bool = False  # True: one denoiser call has the branches in its batch; False: one call a branch
+    joins: bool = True  # False: a denoiser call is one packed sample, which nothing can be added to
     kind: Literal["image", "video", "audio"] = "image"
     folder: str | None = None  # the row whose checkpoint this one uses, if not its own
     output_type: str = "latent"  # what a comparison should ask for: "latent", unless the pipeline cannot give it

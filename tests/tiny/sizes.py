@@ -6,7 +6,20 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from diffusers import HiDreamImagePipeline, HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
+
 _LARGEST = 64 * 64  # pixels; enough for four tokens of the vision encoder
+
+# Literals that a pipeline's constructor writes to itself: a side in latents, numbers of tokens.
+_LITERALS: dict[type, dict[str, int]] = {
+    HiDreamImagePipeline: {"default_sample_size": 16},
+    HunyuanVideo15Pipeline: {
+        "vision_num_semantic_tokens": 16,
+        "tokenizer_max_length": 384,
+        "tokenizer_2_max_length": 64,
+    },
+    HunyuanVideo15ImageToVideoPipeline: {"tokenizer_max_length": 384, "tokenizer_2_max_length": 64},
+}
 
 _MODULES = (
     "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit",
@@ -27,7 +40,23 @@ def small_images() -> Iterator[None]:
         for name in _MODULES:
             module = importlib.import_module(name)
             stack.enter_context(patch.object(module, "calculate_dimensions", _limited(module.calculate_dimensions)))
+        for pipeline, literals in _LITERALS.items():
+            for name, value in literals.items():
+                stack.enter_context(patch.object(pipeline, name, _Fixed(value), create=True))
         yield
+
+
+class _Fixed:
+    """An attribute that keeps its value whatever an object assigns to it."""
+
+    def __init__(self, value: int) -> None:
+        self._value = value
+
+    def __get__(self, instance: object, owner: type | None = None) -> int:
+        return self._value
+
+    def __set__(self, instance: object, value: int) -> None:
+        pass
 
 
 def _limited(calculate: Callable[[float, float], Any]) -> Callable[[float, float], Any]:

@@ -27,7 +27,7 @@ _WORDS = (
 _CORPUS = [*PROMPTS, NEGATIVE, *(" " + word for word in _WORDS.split())]
 
 # diffusers finds the base class that says how to load a component by its name, in the module of the component.
-__all__ = ["PreTrainedTokenizerFast", "ShortQwenTokenizer", "clip", "gemma", "qwen", "t5"]
+__all__ = ["PreTrainedTokenizerFast", "ShortQwenTokenizer", "clip", "gemma", "glm", "llama", "qwen", "t5"]
 
 _QWEN_SPECIALS = (
     "<|im_start|>",
@@ -39,8 +39,10 @@ _QWEN_SPECIALS = (
     "<|video_pad|>",
 )
 # Content is a string or a list of parts. A system turn is left out: those of FLUX.2 would fill the tiny context.
+_NO_SYSTEM = " if m['role'] != 'system'"
 _CHAT_TEMPLATE = (
-    "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n"
+    f"{{% for m in messages{_NO_SYSTEM} %}}"
+    "<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
@@ -81,13 +83,16 @@ class ShortQwenTokenizer(Qwen2Tokenizer):  # type: ignore[misc]
         return super().pad(*args, max_length=min(max_length or 64, 64), **kwargs)
 
 
-def qwen(kind: type[Qwen2Tokenizer] = Qwen2Tokenizer) -> Qwen2Tokenizer:
-    """Byte-level BPE with the chat and vision marks of Qwen 2.5-VL; it serves Qwen3 and Mistral too."""
+def qwen(kind: type[Qwen2Tokenizer] = Qwen2Tokenizer, *, system: bool = False) -> Qwen2Tokenizer:
+    """Byte-level BPE with the chat and vision marks of Qwen 2.5-VL; it serves Qwen3 and Mistral too.
+
+    `system` keeps the system turns, for pipelines that drop a fixed number of tokens, as long as these.
+    """
     model = _byte_pairs()
     merges = [tuple(pair) for pair in model["merges"]]
     tokenizer = kind(vocab=model["vocab"], merges=merges, model_max_length=1024)
     tokenizer.add_special_tokens({"additional_special_tokens": list(_QWEN_SPECIALS)})
-    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer.chat_template = _CHAT_TEMPLATE.replace(_NO_SYSTEM, "") if system else _CHAT_TEMPLATE
     return tokenizer
 
 
@@ -100,6 +105,39 @@ def clip() -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(char + "</w>" for char in alphabet), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=77)
+
+
+def llama() -> PreTrainedTokenizerFast:
+    """The byte pairs of Qwen with the marks that Llama has."""
+    marks = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "pad_token": "<|eot_id|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=_byte_level(), model_max_length=1024, **marks)
+
+
+def glm() -> PreTrainedTokenizerFast:
+    """The byte pairs of Qwen with the marks that GLM-Image has around pictures and their sizes."""
+    marks = {"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level(),
+        model_max_length=1024,
+        bos_token="<|image_start|>",
+        eos_token="<|image_end|>",  # no token that the tiny model can write, which must not stop early
+        pad_token="<|endoftext|>",
+        extra_special_tokens=marks,
+    )
+    picture = "<|image_start|><|image|><|image_end|>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+        f"{{% else %}}{picture}{{% endif %}}{{% endfor %}}{{% endfor %}}"
+    )
+    return tokenizer
+
+
+def _byte_level() -> Tokenizer:
+    model = _byte_pairs()
+    backend = Tokenizer(models.BPE(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def gemma() -> GemmaTokenizer:

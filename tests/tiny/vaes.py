@@ -5,7 +5,9 @@ from diffusers import AutoencoderKL
 from tests.tiny.weights import randomize
 
 
-def kl(channels: int, *, stages: int = 2, shift: float | None = 0.0609, scale: float = 1.5) -> AutoencoderKL:
+def kl(
+    channels: int, *, stages: int = 2, shift: float | None = 0.0609, scale: float = 1.5, **statistics: list[float]
+) -> AutoencoderKL:
     """The image VAE of most families; each stage after the first halves width and height."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * stages,
@@ -19,5 +21,6 @@ def kl(channels: int, *, stages: int = 2, shift: float | None = 0.0609, scale: f
         use_quant_conv=False,
         use_post_quant_conv=False,
         force_upcast=False,
+        **statistics,
     )
     return randomize(vae, 11)

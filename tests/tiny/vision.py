@@ -6,11 +6,12 @@ instead: `model_index.json` may name a class of any module that can be imported.
 classes stay as they are, and a spawned rank needs no preparation but `tests` on its path.
 """
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Qwen2VLProcessor
+from transformers import GlmImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, Qwen2VLProcessor
+from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 # diffusers finds the base class that says how to load a component by its name, in the module of the component.
-__all__ = ["ImageTextProcessor", "ProcessorMixin", "processor"]
+__all__ = ["ImageTextProcessor", "ProcessorMixin", "ShortGlmProcessor", "glm_processor", "processor"]
 
 
 class ImageTextProcessor(Qwen2VLProcessor):  # type: ignore[misc]
@@ -28,3 +29,18 @@ class ImageTextProcessor(Qwen2VLProcessor):  # type: ignore[misc]
 def processor(tokenizer: PreTrainedTokenizerBase) -> ImageTextProcessor:
     pictures = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 56 * 56})
     return ImageTextProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)
+
+
+class ShortGlmProcessor(GlmImageProcessor):  # type: ignore[misc]
+    """Asks for a preview of two by two tokens before the picture's own. The base class asks for 256, most of a run."""
+
+    def _get_target_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
+        token_h, token_w, *_ = super()._get_target_shape(height, width)
+        return token_h, token_w, 2, 2
+
+
+def glm_processor(tokenizer: PreTrainedTokenizerBase) -> ShortGlmProcessor:
+    pictures = GlmImageImageProcessorPil(
+        size={"shortest_edge": 64 * 64, "longest_edge": 128 * 128}, patch_size=16, merge_size=1, temporal_patch_size=1
+    )
+    return ShortGlmProcessor(pictures, tokenizer, chat_template=tokenizer.chat_template)

@@ -15,17 +15,17 @@ from tests.tiny.pictures import picture
 from tests.tiny.row import NEGATIVE, Request, Row, varied
 from tests.tiny.weights import randomize
 
-_CHANNELS = 16
+CHANNELS = 16
 _BOUNDARY = 0.875
 
 
-def _transformer(seed: int, in_channels: int = _CHANNELS) -> WanTransformer3DModel:
+def _transformer(seed: int, in_channels: int = CHANNELS) -> WanTransformer3DModel:
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=4,
         attention_head_dim=16,
         in_channels=in_channels,
-        out_channels=_CHANNELS,
+        out_channels=CHANNELS,
         text_dim=encoders.WIDTH,
         freq_dim=32,
         ffn_dim=64,
@@ -37,11 +37,11 @@ def _transformer(seed: int, in_channels: int = _CHANNELS) -> WanTransformer3DMod
     return randomize(model, seed)
 
 
-def _components() -> dict[str, Any]:
+def components() -> dict[str, Any]:
     tokenizer = tokenizers.t5()
     vae = AutoencoderKLWan(
         base_dim=8,
-        z_dim=_CHANNELS,
+        z_dim=CHANNELS,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
@@ -57,17 +57,17 @@ def _components() -> dict[str, Any]:
 
 def _t2v() -> WanPipeline:
     experts = {"transformer": _transformer(52), "transformer_2": _transformer(53)}
-    return WanPipeline(**_components(), **experts, boundary_ratio=_BOUNDARY)
+    return WanPipeline(**components(), **experts, boundary_ratio=_BOUNDARY)
 
 
 def _ti2v() -> WanPipeline:
-    return WanPipeline(**_components(), transformer=_transformer(52), expand_timesteps=True)
+    return WanPipeline(**components(), transformer=_transformer(52), expand_timesteps=True)
 
 
 def _i2v() -> WanImageToVideoPipeline:
-    channels = 2 * _CHANNELS + 4  # noise, encoded picture, and a mask for each of the frames that one latent holds
+    channels = 2 * CHANNELS + 4  # noise, encoded picture, and a mask for each of the frames that one latent holds
     experts = {"transformer": _transformer(54, channels), "transformer_2": _transformer(55, channels)}
-    return WanImageToVideoPipeline(**_components(), **experts, boundary_ratio=_BOUNDARY)
+    return WanImageToVideoPipeline(**components(), **experts, boundary_ratio=_BOUNDARY)
 
 
 def _unguided(i: int) -> Request:

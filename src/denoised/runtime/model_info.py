@@ -78,7 +78,7 @@ def describe(
         kind=spec.kind,
         parameters=frozenset(inspect.signature(type(pipeline).__call__).parameters),
         size_multiple=_size_multiple(pipeline, spec.packing),
-        frame_multiple=_frame_multiple(pipeline),
+        frame_multiple=1 if spec.chunked else _frame_multiple(pipeline),
         branching_config=branching_config(pipeline),
         needs_image=spec.needs_image,
         declared=spec.declared,

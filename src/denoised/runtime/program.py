@@ -111,6 +111,8 @@ def media(result: Any, params: OmniDiffusionSamplingParams, info: ModelInfo) -> 
     main, sound = _parts(result)
     if params.output_type == "latent":
         return Media(images=[], videos=[], audios=[], latents=main)
+    if hasattr(result, "video"):  # one sample, without a batch dimension
+        main, sound = [main], None if sound is None else [sound]
     outputs = list(main) if main is not None else []
     audios = list(sound) if sound is not None else []
     if info.kind == "audio":
@@ -121,8 +123,8 @@ def media(result: Any, params: OmniDiffusionSamplingParams, info: ModelInfo) -> 
 
 def _parts(result: Any) -> tuple[Any, Any]:
     """The main output and the sound beside it, if any."""
-    for name in ("images", "frames", "audios"):
+    for name in ("images", "frames", "video", "audios"):
         if hasattr(result, name):
-            return getattr(result, name), getattr(result, "audio", None)
+            return getattr(result, name), getattr(result, "audio", getattr(result, "sound", None))
     first = result[0] if isinstance(result, tuple) else next(iter(result.values()))
     return first, None

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from denoised.spec import flux, longcat, ovis, qwen_image, stable_audio, stable_diffusion_3, wan, z_image
+from denoised.spec import (
+    cosmos,
+    ernie,
+    flux,
+    glm,
+    helios,
+    hidream,
+    hunyuan_video,
+    longcat,
+    ltx2,
+    ovis,
+    qwen_image,
+    stable_audio,
+    stable_diffusion_3,
+    wan,
+    z_image,
+)
 from denoised.spec.model_spec import ModelSpec
 
 ALL: tuple[ModelSpec, ...] = (
+    *cosmos.SPECS,
+    *ernie.SPECS,
     *flux.SPECS,
+    *glm.SPECS,
+    *helios.SPECS,
+    *hidream.SPECS,
+    *hunyuan_video.SPECS,
     *longcat.SPECS,
+    *ltx2.SPECS,
     *ovis.SPECS,
     *qwen_image.SPECS,
     *stable_audio.SPECS,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from denoised.spec.sequence import SequencePlan
+
 Kind = Literal["image", "video", "audio"]
 
 
@@ -21,12 +23,18 @@ class ModelSpec:
     denoisers: components whose calls are dealt as rows.
     shared: denoiser arguments that are the same for all rows, whatever their shape.
     row_lists: denoiser arguments that are lists with one entry a row.
-    padded: text arguments of the denoiser that may be padded, with the name of their mask.
+    row_dims: denoiser arguments whose rows are along another dim than 0, and which.
+    rows_in: the denoiser's argument that has an entry a row, where that is not its first.
+    stores: denoiser arguments that are objects, and out of use until the pipeline gives them a mode.
+    padded: text arguments of the denoiser that may be padded, with the name of their mask; "": it knows the lengths.
     whole_calls: a denoiser call cannot be split into rows.
     defer: False if the pipeline changes tensors in place between a denoiser call and its use.
     exclusive: the pipeline changes shared modules, so a request runs alone.
+    chunked: the pipeline makes whole chunks of frames, whatever number is asked for.
     packing: latents that the pipeline packs into one token, along each side; 1: the denoiser's own patch says it.
     defaults: sampling parameters that the class's own defaults leave open.
+    stacks: the denoiser's block lists in order of execution, where that is not the order of definition.
+    sequence_plan: how the denoiser's sequence is spread over ranks, where neither its class nor `sequence.py` says.
     """
 
     pipeline: str
@@ -35,11 +43,17 @@ class ModelSpec:
     denoisers: tuple[str, ...] = ("transformer", "transformer_2", "unet", "prior")
     shared: frozenset[str] = frozenset()
     row_lists: frozenset[str] = frozenset()
+    row_dims: dict[str, int] = field(default_factory=dict)
+    rows_in: str = ""
+    stores: frozenset[str] = frozenset()
     padded: dict[str, str] = field(default_factory=dict)
     whole_calls: bool = False
     defer: bool = True
     exclusive: bool = False
+    chunked: bool = False
     packing: int = 1
     needs_image: bool = False
     declared: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
+    stacks: tuple[str, ...] = ()
+    sequence_plan: SequencePlan | None = None

@@ -40,6 +40,8 @@ class Placement:
     def _pieces(self, call: Call, *, whole: bool, splittable: Callable[[Call], bool]) -> list[tuple[int, Piece]]:
         batch = batch_size(call)
         keys = [(call.task_id, call.branch, row) for row in range(batch)]
+        if call.stateful:
+            return [(self._only_home(keys, cost(call)), Piece(call=call, rows=tuple(range(batch)), batch=batch))]
         divisible = not whole and splittable(call)  # asking may cost a forward, so only where it matters
         for key in keys:
             if key not in self._rank:
@@ -51,6 +53,14 @@ class Placement:
         if len(homes) == 1:
             rows[homes[0]] = tuple(range(batch))
         return [(home, Piece(call=call, rows=rows[home], batch=batch)) for home in homes]
+
+    def _only_home(self, keys: list[Key], work: int) -> int:
+        """Where the request's first row is: a call that is given a store runs where the store was filled."""
+        home = next((rank for key, rank in self._rank.items() if key[0] == keys[0][0]), None)
+        for key in keys:
+            self._place(key, home, work)
+            home = self._rank[key]
+        return self._rank[keys[0]]
 
     def _place(self, key: Key, home: int | None, work: int) -> None:
         loads = [sum(c for k, c in self._cost.items() if self._rank[k] == rank) for rank in range(self.num_ranks)]

@@ -17,20 +17,10 @@ from typing import Any
 
 import torch
 
+from denoised.steps import outline
 from denoised.steps.ambient import Ambient
-
-# Methods that only compute: recorded. Every other attribute is looked up on the value, which forces it.
-LAZY_METHODS = frozenset(
-    "abs add bfloat16 chunk clamp clone contiguous cpu cuda detach div double exp expand flatten float half lerp mean "
-    "movedim mul narrow neg norm permute pow repeat repeat_interleave reshape split sqrt square squeeze std sub sum "
-    "tile to transpose type type_as unflatten unsqueeze var view".split()
-)
-# Fields of a model output that hold the prediction.
-LAZY_FIELDS = frozenset({"sample"})
-RANDOM_FUNCTIONS = frozenset(
-    "alpha_dropout bernoulli dropout dropout1d dropout2d dropout3d feature_alpha_dropout feature_dropout "
-    "gumbel_softmax multinomial normal poisson rand_like randint_like randn_like rrelu".split()
-)
+from denoised.steps.functions import LAZY_FIELDS, LAZY_METHODS, OUTLINED, changes_state
+from denoised.steps.outline import Outline
 
 
 class Versions:
@@ -53,10 +43,10 @@ class Versions:
 class Source:
     """The result of one suspended call. `wait` stops the task; the engine calls `resolve` or `fail`."""
 
-    __slots__ = ("_error", "_value", "_wait", "arity", "done")
+    __slots__ = ("_error", "_value", "_wait", "done", "outline")
 
-    def __init__(self, wait: Callable[[], None], arity: int | None = None) -> None:
-        self._wait, self.arity, self.done = wait, arity, False
+    def __init__(self, wait: Callable[[], None], arity: int | Outline | None = None) -> None:
+        self._wait, self.outline, self.done = wait, outline.of_length(arity), False
         self._value: Any = None
         self._error: BaseException | None = None
 
@@ -77,15 +67,15 @@ class Source:
 class Deferred:
     """A recorded expression over the results of suspended calls."""
 
-    __slots__ = ("_ambient", "_args", "_arity", "_fn", "_kwargs", "_ready", "_value", "_versions")
+    __slots__ = ("_ambient", "_args", "_fn", "_kwargs", "_outline", "_ready", "_told", "_value", "_versions")
     __array_ufunc__ = None  # numpy scalars on the left leave the operation to us
     __hash__ = object.__hash__
 
     def __init__(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], arity: int | None
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], outline: Outline | None
     ) -> None:
-        self._fn, self._args, self._kwargs, self._arity = fn, known(args), known(kwargs), arity
-        self._ready, self._value = False, None
+        self._fn, self._args, self._kwargs, self._outline = fn, known(args), known(kwargs), outline
+        self._ready, self._value, self._told = False, None, dict[str, Any]()
         # Of the arguments until this is evaluated, of the value from then on.
         self._versions = Versions((self._args, self._kwargs))
         self._ambient = Ambient.capture()
@@ -93,7 +83,7 @@ class Deferred:
     @classmethod
     def of(cls, source: Source) -> Deferred:
         """The Deferred of a call's own result."""
-        return cls(source.get, (), {}, source.arity)
+        return cls(source.get, (), {}, source.outline)
 
     @property
     def is_call_result(self) -> bool:
@@ -111,8 +101,16 @@ class Deferred:
                     "set defer=False in the model's spec"
                 )
             self._value, self._ready = self._evaluated(args, kwargs), True
+            self._check_told()
             self._fn, self._args, self._kwargs, self._versions = _spent, (), {}, Versions(self._value)
         return self._value
+
+    def _check_told(self) -> None:
+        wrong = [name for name, told in self._told.items() if getattr(self._value, name) != told]
+        if wrong:
+            raise RuntimeError(
+                f"a prediction has another {wrong[0]} than the one before it; set defer=False in the model's spec"
+            )
 
     def _evaluated(self, args: Any, kwargs: Any) -> Any:
         """Under the autocast and gradient state in which the operation was written."""
@@ -126,9 +124,9 @@ class Deferred:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        if _changes_state(name) or any((kwargs or {}).get(key) is not None for key in ("out", "generator")):
+        if changes_state(name) or any((kwargs or {}).get(key) is not None for key in ("out", "generator")):
             return func(*plain(args), **plain(kwargs or {}))
-        return record(func, args, kwargs or {}, _arity_of(name, args, kwargs or {}))
+        return record(func, args, kwargs or {}, outline.of_split(name, args, kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -137,15 +135,26 @@ class Deferred:
             return partial(_method, name, self)
         if name in LAZY_FIELDS:
             return record(getattr, (self, name), {})
+        if name in OUTLINED and not self._ready and (told := getattr(self._outline, name, None)) is not None:
+            return self._told.setdefault(name, told)
         return getattr(self.force(), name)
 
+    def __getitem__(self, index: Any) -> Any:
+        if self._ready or self._outline is None or type(index) is not int:
+            return record(operator.getitem, (self, index), {})
+        part = self._outline.part(index)
+        return None if part is not None and part.nothing else record(operator.getitem, (self, index), {}, part)
+
     def __iter__(self) -> Iterator[Any]:
-        if not self._ready and self._arity is not None:
-            return iter([record(operator.getitem, (self, i), {}) for i in range(self._arity)])
-        return iter(self.force())
+        parts = self._parts()
+        return iter(self.force() if parts is None else [self[i] for i in range(len(parts))])
 
     def __len__(self) -> int:
-        return self._arity if not self._ready and self._arity is not None else len(self.force())
+        parts = self._parts()
+        return len(self.force() if parts is None else parts)
+
+    def _parts(self) -> tuple[Outline | None, ...] | None:
+        return None if self._ready or self._outline is None else self._outline.parts
 
     def __bool__(self) -> bool:
         return bool(self.force())
@@ -178,10 +187,12 @@ class Deferred:
         return f"Deferred({self._value!r})" if self._ready else "Deferred(pending)"
 
 
-def record(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], arity: int | None = None) -> Any:
+def record(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], outline: Outline | None = None
+) -> Any:
     """`fn(*args, **kwargs)` as a Deferred, or its value at once if nothing in it is pending."""
     if any(not d._ready for d in _leaves((args, kwargs)) if isinstance(d, Deferred)):
-        return Deferred(fn, args, kwargs, arity)
+        return Deferred(fn, args, kwargs, outline)
     return fn(*plain(args), **plain(kwargs))
 
 
@@ -236,27 +247,8 @@ def _spent(*_: Any) -> Any:
     raise AssertionError("a Deferred is evaluated once")
 
 
-def _changes_state(name: str) -> bool:
-    """Whether a torch function writes to its input or draws random numbers: both must happen now, in program order."""
-    in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
-    return in_place or name in RANDOM_FUNCTIONS
-
-
-def _arity_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """How many parts a splitting function gives, where its arguments alone tell.
-
-    `chunk(n)` may give fewer than n on a short dimension; indexing a missing part raises when it is evaluated.
-    """
-    parameter = (*args, *kwargs.values())[1] if len(args) + len(kwargs) > 1 else None
-    if name == "chunk" and isinstance(parameter, int):
-        return parameter
-    if name in ("split", "split_with_sizes", "tensor_split") and isinstance(parameter, list | tuple):
-        return len(parameter)
-    return None
-
-
 def _method(name: str, self: Deferred, *args: Any, **kwargs: Any) -> Any:
-    return record(_call(name), (self, *args), kwargs, _arity_of(name, (self, *args), kwargs))
+    return record(_call(name), (self, *args), kwargs, outline.of_split(name, (self, *args), kwargs))
 
 
 def _call(name: str) -> Callable[..., Any]:
@@ -290,7 +282,7 @@ def _install_operators() -> None:
         setattr(Deferred, f"__{name}__", _binary(function))
         setattr(Deferred, f"__r{name}__", _reflected(function))
         setattr(Deferred, f"__i{name}__", _in_place(getattr(operator, f"i{name}")))
-    for name in ("getitem", "lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "xor"):
+    for name in ("lt", "le", "gt", "ge", "eq", "ne", "and_", "or_", "xor"):
         setattr(Deferred, f"__{name.rstrip('_')}__", _binary(getattr(operator, name)))
     for name in ("pos", "neg", "abs", "invert"):
         setattr(Deferred, f"__{name}__", _unary(getattr(operator, name)))

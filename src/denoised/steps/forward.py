@@ -12,11 +12,12 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from denoised.steps.ambient import Ambient
 from denoised.steps.deferred import Source, Versions
+from denoised.steps.trees import is_idle, objects
 
 
 class Stage(enum.StrEnum):
@@ -29,12 +30,18 @@ class Stage(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A trapped method of a component: `function` is what ran there before, `name` its component in the pipeline."""
+    """A trapped method of a component: `function` is what ran there before, `name` its component in the pipeline.
+
+    rows_in: the argument that has an entry a row; "": the first.
+    stores: arguments that are objects and stay out of use until the pipeline gives them a mode.
+    """
 
     name: str
     method: str
     stage: Stage
     function: Callable[..., Any]
+    rows_in: str = ""
+    stores: frozenset[str] = frozenset()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -64,6 +71,25 @@ class Call:
             TypeError: unknown or missing arguments.
         """
         _signature(self.target).bind(*self.args, **self.kwargs)
+
+    @cached_property
+    def stateful(self) -> bool:
+        """Whether an argument is an object that a forward may read and write, as a store of keys and values is.
+
+        Such a call is computed at once, for the program may change the object next; it is not split, and it runs
+        where the request's first call ran, for what a forward writes is on that rank only. Decided when the call is
+        made, by types and by what the program itself wrote, so that all ranks agree.
+        """
+        return any(
+            not (name in self.target.stores and is_idle(found))
+            for name, value in self.named_arguments().items()
+            for found in objects(value)
+        )
+
+    def lead(self) -> Any:
+        """The argument that has an entry a row: latents."""
+        named = self.named_arguments()
+        return named.get(self.target.rows_in) if self.target.rows_in else next(iter(named.values()), None)
 
     def named_arguments(self) -> dict[str, Any]:
         """The arguments by parameter name, positional ones included."""

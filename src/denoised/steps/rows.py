@@ -25,14 +25,17 @@ class RowRules:
 
     shared: arguments that are the same for all rows, whatever their shape says.
     lists: arguments that are lists with one entry a row.
+    dims: tensor arguments whose rows are along another dim than 0, and which.
     padded: text arguments [rows, tokens, ...] that may be padded at the end, and the name of their mask
         [rows, tokens], which may be None: rows with texts of different lengths can then share a forward.
+        "" for a model that is told the lengths instead.
     whole: the call cannot be split or joined (packed sequences).
     trusted: False makes the engine compare a split forward with a whole one before it relies on it.
     """
 
     shared: frozenset[str] = frozenset()
     lists: frozenset[str] = frozenset()
+    dims: dict[str, int] = field(default_factory=dict)
     padded: dict[str, str] = field(default_factory=dict)
     whole: bool = False
     trusted: bool = True
@@ -57,8 +60,8 @@ class Piece:
 
 
 def batch_size(call: Call) -> int:
-    """Rows of a call: dim 0 of its first tensor argument, or the length of a leading list of tensors."""
-    first = next(iter(call.named_arguments().values()), None)
+    """Rows of a call: dim 0 of its leading tensor argument, or the length of a leading list of tensors."""
+    first = call.lead()
     if isinstance(first, torch.Tensor):
         return first.shape[0] if first.dim() else 1
     return len(first) if isinstance(first, list | tuple) else 1
@@ -66,7 +69,7 @@ def batch_size(call: Call) -> int:
 
 def cost(call: Call) -> int:
     """Work of one row in relative units: elements of its latents."""
-    first = next(iter(call.named_arguments().values()), None)
+    first = call.lead()
     leaves = first if isinstance(first, list | tuple) else [first]
     elements = sum(x.numel() for x in leaves if isinstance(x, torch.Tensor))
     return max(1, elements // max(1, batch_size(call)))
@@ -76,7 +79,7 @@ def row_pattern(call: Call, rules: RowRules) -> Any:
     """Which arguments carry rows: what a check of untrusted rules has to be repeated for."""
     batch = batch_size(call)
     return batch, tuple(
-        (name, name in rules.shared or _pattern(value, batch, as_list=name in rules.lists))
+        (name, name in rules.shared or _pattern(_rows_first(name, value, rules), batch, as_list=name in rules.lists))
         for name, value in sorted(call.named_arguments().items())
     )
 
@@ -94,7 +97,11 @@ def _pattern(value: Tree, batch: int, *, as_list: bool) -> Any:
 def signature(call: Call, rules: RowRules) -> Any:
     """Calls of equal signature may share a forward if their shared tensors are equal too."""
     named = sorted(call.named_arguments().items())
-    arguments = tuple((name, _argument_signature(name, value, batch_size(call), rules)) for name, value in named)
+    idle = call.target.stores if not call.stateful else frozenset()
+    arguments = tuple(
+        (name, "idle" if name in idle else _argument_signature(name, value, batch_size(call), rules))
+        for name, value in named
+    )
     return (call.target.name, call.ambient, arguments)
 
 
@@ -105,7 +112,17 @@ def _argument_signature(name: str, value: Tree, batch: int, rules: RowRules) -> 
         return ("padded", value.shape[2:], value.dtype)
     if name in rules.padded.values():
         return ("mask",)
-    return shape_signature(value, batch, as_list=name in rules.lists)
+    return shape_signature(_rows_first(name, value, rules), batch, as_list=name in rules.lists)
+
+
+def _rows_first(name: str, value: Tree, rules: RowRules) -> Tree:
+    """The argument with its rows along dim 0, where its shape tells them."""
+    return value.movedim(rules.dims[name], 0) if name in rules.dims and isinstance(value, torch.Tensor) else value
+
+
+def _rows_back(name: str, value: Tree, rules: RowRules) -> Tree:
+    """The inverse of `_rows_first`."""
+    return value.movedim(0, rules.dims[name]) if name in rules.dims and isinstance(value, torch.Tensor) else value
 
 
 def shares_tensors(a: Call, b: Call, rules: RowRules) -> bool:
@@ -119,6 +136,7 @@ def _shared(call: Call, rules: RowRules) -> list[torch.Tensor]:
     for name, value in sorted(call.named_arguments().items()):
         if name in rules.padded or name in rules.padded.values():
             continue
+        value = _rows_first(name, value, rules)
         leaves += shared_leaves(value, -1 if name in rules.shared else batch, as_list=name in rules.lists)
     return leaves
 
@@ -126,9 +144,14 @@ def _shared(call: Call, rules: RowRules) -> list[torch.Tensor]:
 def arguments(piece: Piece, rules: RowRules) -> dict[str, Any]:
     """The call's keyword arguments, cut down to the rows of the piece."""
     return {
-        name: value if name in rules.shared else take(value, piece.rows, piece.batch, as_list=name in rules.lists)
+        name: value if name in rules.shared else _taken(name, value, piece, rules)
         for name, value in piece.call.named_arguments().items()
     }
+
+
+def _taken(name: str, value: Tree, piece: Piece, rules: RowRules) -> Tree:
+    rows_first = _rows_first(name, value, rules)
+    return _rows_back(name, take(rows_first, piece.rows, piece.batch, as_list=name in rules.lists), rules)
 
 
 def run(pieces: Sequence[Piece], rules: RowRules) -> list[Tree]:
@@ -147,7 +170,8 @@ def run(pieces: Sequence[Piece], rules: RowRules) -> list[Tree]:
 def _joined(name: str, values: list[Tree], batches: list[int], rules: RowRules) -> Tree:
     if name in rules.shared or len(values) == 1:
         return values[0]
-    return concatenate(values, batches, as_list=name in rules.lists)
+    rows_first = [_rows_first(name, value, rules) for value in values]
+    return _rows_back(name, concatenate(rows_first, batches, as_list=name in rules.lists), rules)
 
 
 def _equal_lengths(parts: list[dict[str, Any]], batches: list[int], rules: RowRules) -> list[dict[str, Any]]:
@@ -162,9 +186,12 @@ def _equal_lengths(parts: list[dict[str, Any]], batches: list[int], rules: RowRu
 def _padded(part: dict[str, Any], text: str, mask: str, length: int) -> dict[str, Any]:
     value, given = part[text], part.get(mask)
     missing = length - value.shape[1]
-    seen = value.new_ones(value.shape[:2], dtype=torch.bool) if given is None else given.bool()
     empty = (0, 0) * (value.dim() - 2)
-    return part | {text: F.pad(value, (*empty, 0, missing)), mask: F.pad(seen, (0, missing))}
+    padded = {text: F.pad(value, (*empty, 0, missing))}
+    if mask:
+        seen = value.new_ones(value.shape[:2], dtype=torch.bool) if given is None else given.bool()
+        padded[mask] = F.pad(seen, (0, missing))
+    return part | padded
 
 
 def _separate(output: Tree, batches: list[int]) -> list[Tree]:

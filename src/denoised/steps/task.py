@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from denoised.steps import outline
 from denoised.steps.ambient import Ambient
 from denoised.steps.current import set_current_task
 from denoised.steps.deferred import Deferred, Source, Versions, plain, settled
@@ -30,7 +31,7 @@ class Cancelled(BaseException):
 
 
 class Task:
-    """`program()` with suspension. `arities` remembers, per denoiser, how many outputs a call has."""
+    """`program()` with suspension. `arities` remembers, per denoiser, the outline of its output."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class Task:
         program: Callable[[], Any],
         *,
         seed: int,
-        arities: dict[str, int] | None = None,
+        arities: dict[str, Any] | None = None,
         defer: bool = True,
     ) -> None:
         self.task_id = task_id
@@ -112,6 +113,7 @@ class Task:
         )
         if is_denoiser:
             call.check_arguments()
+        stateful = is_denoiser and call.stateful
         call.state = self._state.setdefault((target.name, call.branch), {})
         self.pending.append(call)
         if not is_denoiser:
@@ -119,7 +121,7 @@ class Task:
         self._branch += 1
         deferred = Deferred.of(call.source)
         # Inference tensors do not tell when they are changed in place, so nothing can be left for later.
-        return deferred if self._defer and not call.ambient.inference else deferred.force()
+        return deferred if self._defer and not stateful and not call.ambient.inference else deferred.force()
 
     def note(self, text: str) -> None:
         """Keep what the pipeline warned of, once."""
@@ -131,9 +133,10 @@ class Task:
         self._branch = 0
 
     def learn(self, call: Call, value: Any) -> None:
-        """Remember how many outputs a denoiser call has, so that unpacking the next one does not force it."""
-        if isinstance(value, list | tuple):
-            self._arities.setdefault(_arity_key(call.target, call.kwargs), len(value))
+        """Remember what a denoiser call gave, so that unpacking the next one does not force it."""
+        key, found = _arity_key(call.target, call.kwargs), outline.of_output(value)
+        if found is not None:
+            self._arities[key] = outline.agreed(self._arities.get(key, found), found)
 
     def _wait(self) -> None:
         if threading.current_thread() is not self._thread:

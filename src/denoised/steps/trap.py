@@ -26,13 +26,14 @@ DENOISERS = ("transformer", "transformer_2", "unet", "prior")
 DECODERS = ("vocoder", "safety_checker", "decoder")
 
 
-def targets_of(components: dict[str, Any], denoisers: tuple[str, ...]) -> Iterator[Target]:
-    """The methods of a pipeline's components at which a task stops."""
+def targets_of(components: dict[str, Any], denoisers: tuple[str, ...], **of_denoisers: Any) -> Iterator[Target]:
+    """The methods of a pipeline's components at which a task stops; `of_denoisers`: what else their targets say."""
     for name, component in components.items():
         if not isinstance(component, nn.Module):
             continue
         for method, stage in _methods(name, component, denoisers):
-            yield Target(name=name, method=method, stage=stage, function=getattr(component, method))
+            more = of_denoisers if stage is Stage.DENOISE else {}
+            yield Target(name=name, method=method, stage=stage, function=getattr(component, method), **more)
 
 
 def _methods(name: str, component: nn.Module, denoisers: tuple[str, ...]) -> list[tuple[str, Stage]]:

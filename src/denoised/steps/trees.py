@@ -6,7 +6,7 @@ Which parts carry rows is read off their shapes: dim 0, or the length of a list,
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,28 @@ def shape_signature(value: Tree, batch: int, *, as_list: bool = False) -> Any:
         return tuple((k, shape_signature(x, batch)) for k, x in value.items())
     # Only what Python compares by value may be equal and yet another object: a repr can hide a difference.
     return (type(value).__name__, repr(value)) if isinstance(value, _BY_VALUE) else (type(value).__name__, id(value))
+
+
+def objects(value: Tree) -> Iterator[Any]:
+    """The leaves of a tree that are objects with attributes: neither tensors nor plain values."""
+    if isinstance(value, list | tuple):
+        for x in value:
+            yield from objects(x)
+    elif isinstance(value, dict):
+        yield from objects(list(value.values()))
+    elif hasattr(value, "__dict__") and not isinstance(value, (torch.Tensor, *_BY_VALUE)) and not callable(value):
+        yield value
+
+
+def is_idle(value: Any) -> bool:
+    """Whether an object holds nothing but numbers: no tensor, no name of a mode."""
+    if isinstance(value, list | tuple):
+        return all(map(is_idle, value))
+    if isinstance(value, dict):
+        return all(map(is_idle, value.values()))
+    if value is None or isinstance(value, bool | int | float):
+        return True
+    return any(True for _ in objects(value)) and is_idle(vars(value))
 
 
 def shared_leaves(value: Tree, batch: int, *, as_list: bool = False) -> Iterable[torch.Tensor]:

@@ -6,6 +6,7 @@ exchange: ranks that do not agree stop at once (`DesyncError`) instead of waitin
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,11 +53,13 @@ class Parcel:
 
 
 class Wire:
-    """Collectives over the ranks of one engine. `control` is a CPU group, `data` the group of the cfg axis."""
+    """Collectives between forwards. `control` is a CPU group of all ranks of one engine; `data` is the group of the
+    cfg axis, over which predictions travel: a parcel's rank counts within it."""
 
     def __init__(self, *, control: dist.ProcessGroup, data: dist.ProcessGroup, device: torch.device) -> None:
         self._control, self._data, self._device = control, data, device
         self.rank, self.size = dist.get_rank(control), dist.get_world_size(control)
+        self._place, self._num_places = dist.get_rank(data), dist.get_world_size(data)
         self._layouts: dict[Key, Layout] = {}
         self._flat: dict[Key, tuple[list[torch.Tensor], Any]] = {}
         self.num_exchanges = 0
@@ -71,17 +74,20 @@ class Wire:
                 problems[key] = str(error)
         return problems
 
-    def header(self, *, digest: int, errors: bool, commands: bool) -> Header:
+    def header(self, *, digest: int, errors: bool, commands: bool, patience: float | None = None) -> Header:
         """Agree on what comes next.
 
+        Args:
+            patience: seconds to wait for the others, where they may be stuck in a forward that failed here.
+
         Raises:
-            DesyncError: the digests differ.
+            DesyncError: the digests differ, or the others did not come in time.
         """
         # The sender knows whether a layout is news: what others remember is what it told them.
         news = any(self._layouts.get(key) != _layout(*flat) for key, flat in self._flat.items())
         mine = torch.tensor([digest, errors, commands, news], dtype=torch.int64)
         table = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(table, mine, group=self._control)
+        self._gather(table, mine, patience)
         if any(row[0] != mine[0] for row in table):
             raise DesyncError(f"rank {self.rank}: ranks disagree about the next exchange")
         return Header(
@@ -89,6 +95,15 @@ class Wire:
             news=any(bool(row[3]) for row in table),
             commands=bool(table[0][2]),
         )
+
+    def _gather(self, table: list[torch.Tensor], mine: torch.Tensor, patience: float | None) -> None:
+        work = dist.all_gather(table, mine, group=self._control, async_op=True)
+        try:
+            work.wait(*(() if patience is None else (datetime.timedelta(seconds=patience),)))
+        except RuntimeError as error:
+            if patience is None:
+                raise
+            raise DesyncError(f"rank {self.rank} failed in a forward that other ranks are still in") from error
 
     def gather_objects(self, mine: Any) -> list[Any]:
         """A small object from every rank."""
@@ -113,13 +128,14 @@ class Wire:
 
     def exchange(self, parcels: list[Parcel], mine: dict[Key, Any]) -> dict[Key, Any]:
         """Every rank's prepared outputs, by key. `parcels` names all of them, in an order equal on all ranks."""
-        if not parcels:
-            return {}
-        sizes = [sum(self._layouts[p.key].num_bytes for p in parcels if p.rank == r) for r in range(self.size)]
+        if not parcels or self._num_places == 1:
+            return dict(mine)
+        places = range(self._num_places)
+        sizes = [sum(self._layouts[p.key].num_bytes for p in parcels if p.rank == r) for r in places]
         send = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
-        self._pack(send, [leaf for p in parcels if p.rank == self.rank for leaf in self._flat[p.key][0]])
+        self._pack(send, [leaf for p in parcels if p.rank == self._place for leaf in self._flat[p.key][0]])
         self._flat = {}
-        received = [torch.empty_like(send) for _ in range(self.size)]
+        received = [torch.empty_like(send) for _ in places]
         dist.all_gather(received, send, group=self._data)
         self.num_exchanges += 1
         return self._unpack(parcels, received) | mine
@@ -133,10 +149,10 @@ class Wire:
             start += raw.numel()
 
     def _unpack(self, parcels: list[Parcel], received: list[torch.Tensor]) -> dict[Key, Any]:
-        offsets, result = [0] * self.size, {}
+        offsets, result = [0] * self._num_places, {}
         for parcel in parcels:
             layout = self._layouts[parcel.key]
-            if parcel.rank != self.rank:
+            if parcel.rank != self._place:
                 result[parcel.key] = _tree(layout, received[parcel.rank], offsets[parcel.rank])
             offsets[parcel.rank] += layout.num_bytes
         return result

@@ -1,0 +1,130 @@
+"""Parallel methods through the engine: alone on every row, in pairs and triples on representative models.
+
+Every cell: requests interleaved, the plain pipeline's latents within a bound, and proof in the receipt that the method
+acted on every rank.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from denoised import DiffusionParallelConfig, Omni, OmniRequestOutput
+from denoised.errors import InvalidConfigError
+from tests.contract.support import REORDERED, ask, difference, folder, latent_type, media, reference
+
+# What a method leaves in the counts of every rank that it acted on, and the settings that ask for it.
+METHODS: dict[str, dict[str, Any]] = {
+    "cfg": {"cfg_parallel_size": 2},
+    "ulysses": {"ulysses_degree": 2, "ulysses_mode": "advanced_uaa"},
+    "ring": {"ring_degree": 2, "ulysses_mode": "advanced_uaa"},
+    "tensor": {"tensor_parallel_size": 2},
+    "pipeline": {"pipeline_parallel_size": 2},
+}
+TRACES = {
+    "ulysses": ("all_to_all",),
+    "ring": ("ring_shift",),
+    "tensor": ("all_reduce",),
+    "pipeline": ("blocks_run",),
+    "hsdp": ("hsdp_all_gather",),
+}
+# Double stream, single stream, cross-attention video with two experts, guidance in one batch.
+REPRESENTATIVE = ("qwen_image", "flux_true_cfg", "wan22_t2v", "sd3")
+
+
+def run(name: str, indexes: list[int], **degrees: Any) -> list[OmniRequestOutput]:
+    """A row's requests on ranks with these degrees."""
+    with Omni(
+        folder(name),
+        parallel_config=DiffusionParallelConfig(**degrees),
+        num_threads=1,
+        plugins=("tests.contract.rank_setup",),
+        deterministic=True,
+    ) as omni:
+        return ask(omni, name, indexes, latent_type(name))
+
+
+def check(name: str, outputs: list[OmniRequestOutput], indexes: list[int], *, bound: float = REORDERED) -> None:
+    """All requests give the plain pipeline's latents."""
+    for index, output in zip(indexes, outputs, strict=True):
+        assert output.error is None, output.error
+        assert difference(reference(name, index, latent_type(name)), media(output)) <= bound, f"request {index}"
+
+
+def counts(outputs: list[OmniRequestOutput]) -> list[Counter[str]]:
+    """What each rank counted for all requests: one of them alone may have run on a part of the ranks."""
+    total: list[Counter[str]] = [Counter() for _ in outputs[0].receipt.ranks]  # type: ignore[union-attr]
+    for output in outputs:
+        assert output.receipt is not None
+        for rank, work in enumerate(output.receipt.ranks):
+            total[rank].update(work.counts)
+    return total
+
+
+def pairs() -> list[tuple[str, str]]:
+    names = list(METHODS)
+    return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+@pytest.mark.parametrize(("first", "second"), pairs())
+def test_pairs(name: str, first: str, second: str) -> None:
+    """Two methods at once on four ranks, two requests in flight."""
+    outputs = run(name, [0, 1], **METHODS[first], **METHODS[second])
+    check(name, outputs, [0, 1])
+    for rank, counted in enumerate(counts(outputs)):
+        for method in (first, second):
+            assert all(counted[trace] > 0 for trace in TRACES.get(method, ())), (method, rank, counted)
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+@pytest.mark.parametrize("method", ["cfg", "ulysses", "ring", "tensor"])
+def test_hsdp_with(name: str, method: str) -> None:
+    """Sharded weights below the other methods; with tensor, over the cfg axis."""
+    degrees = METHODS[method] | ({"cfg_parallel_size": 2} if method == "tensor" else {})
+    outputs = run(name, [0, 1], use_hsdp=True, **degrees)
+    check(name, outputs, [0, 1])
+    assert all(counted["hsdp_all_gather"] > 0 for counted in counts(outputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("qwen_image", ("cfg", "ulysses", "tensor")),
+        ("wan22_t2v", ("cfg", "pipeline", "ulysses")),
+        ("flux_true_cfg", ("ring", "ulysses", "tensor")),
+        ("sd3", ("cfg", "pipeline", "ring")),
+    ],
+)
+def test_triples_on_eight_ranks(name: str, methods: tuple[str, ...]) -> None:
+    degrees: dict[str, Any] = {}
+    for method in methods:
+        degrees |= METHODS[method]
+    outputs = run(name, [0], **degrees)
+    check(name, outputs, [0])
+    assert len(counts(outputs)) == 8
+
+
+@pytest.mark.parametrize(
+    ("degrees", "words"),
+    [
+        ({"tensor_parallel_size": 3}, ("tensor_parallel_size=3", "use 1, 2")),
+        ({"pipeline_parallel_size": 9}, ("pipeline_parallel_size=9", "at most 4")),
+        ({"vae_patch_parallel_size": 2}, ("vae_patch_parallel_size", "divide")),
+        ({"cfg_parallel_size": 2, "text_encoder_tp_size": 4}, ("text_encoder_tp_size", "divide")),
+        ({"use_hsdp": True}, ("use_hsdp=True", "equal weights")),
+        ({"hsdp_shard_size": 2}, ("hsdp_shard_size", "use_hsdp=True")),
+        ({"cfg_parallel_size": 2, "use_hsdp": True, "hsdp_shard_size": 4}, ("hsdp_shard_size", "make them agree")),
+        ({"ulysses_mode": "advanced_uaa"}, ("advanced_uaa", "ulysses_degree")),
+        (
+            {"cfg_parallel_size": 2, "use_hsdp": True, "text_encoder_tp_size": 2},
+            ("text_encoder_tp_size", "use_hsdp=True"),
+        ),
+    ],
+)
+def test_what_cannot_act_is_refused(degrees: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidConfigError) as caught:
+        run("qwen_image", [0], **degrees)
+    assert all(word in str(caught.value) for word in words), caught.value
