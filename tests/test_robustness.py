@@ -8,13 +8,25 @@ import random
 import signal
 import threading
 import time
+from typing import Any
 
 import pytest
 
 from denoised import AsyncOmni, DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams, OmniRequestOutput
 from denoised.errors import InvalidConfigError, InvalidRequestError, ModelError
 from denoised.request import Progress
-from tests.contract.support import as_omni, ask, difference, engine, folder, media, reference, request_of, seed_of
+from tests.contract.support import (
+    REORDERED,
+    as_omni,
+    ask,
+    difference,
+    engine,
+    folder,
+    media,
+    reference,
+    request_of,
+    seed_of,
+)
 
 
 def test_rank_killed_in_the_middle_of_twenty_requests() -> None:
@@ -89,6 +101,24 @@ def test_fault_on_one_rank_only(height: int, place: str, restarts: int) -> None:
         assert difference(reference("qwen_image", 2, "pt"), media(after)) == 0
 
 
+@pytest.mark.parametrize("degrees", [{"tensor_parallel_size": 2}, {"cfg_parallel_size": 2, "use_hsdp": True}])
+def test_fault_on_one_rank_of_a_forward_that_ranks_share(degrees: dict[str, Any]) -> None:
+    """The other rank waits inside a collective for what will never come: the engine notices, and starts again."""
+    with Omni(
+        folder("qwen_image"),
+        parallel_config=DiffusionParallelConfig(**degrees),
+        num_threads=1,
+        deterministic=True,
+        plugins=("tests.contract.rank_setup", "tests.contract.faults"),
+    ) as omni:
+        prompt, params = as_omni(request_of("qwen_image", 2), seed_of(2), "latent")
+        faulty = OmniDiffusionSamplingParams(height=16, width=16, num_inference_steps=2, true_cfg_scale=4.0)
+        bad, good = omni.generate([prompt, prompt], [faulty, params], use_tqdm=False)
+        assert "planted fault" in (bad.error or "")
+        assert difference(reference("qwen_image", 2, "latent"), media(good)) <= REORDERED
+        assert omni.restarts > 0
+
+
 def test_bad_request_fails_alone() -> None:
     with engine("qwen_image") as omni:
         prompt, params = as_omni(request_of("qwen_image", 0), seed_of(0), "latent")
@@ -132,8 +162,8 @@ def test_closed_engine_refuses() -> None:
 
 
 def test_settings_that_cannot_act_are_refused_at_start() -> None:
-    with pytest.raises(InvalidConfigError, match="ulysses_degree is not available"):
-        Omni(folder("qwen_image"), parallel_config=DiffusionParallelConfig(ulysses_degree=2))
+    with pytest.raises(InvalidConfigError, match="quantization is not available"):
+        Omni(folder("qwen_image"), quantization="int8")
     with pytest.raises(TypeError, match="did you mean 'deterministic'"):
         Omni(folder("qwen_image"), determinstic=True)
     with pytest.raises(ModelError, match="flow_shift"):

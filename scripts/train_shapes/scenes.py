@@ -38,7 +38,8 @@ PAIR_WEIGHTS = (5, 3, 1, 1)
 LINE_LAYOUTS: tuple[tuple[Cell, ...], ...] = (((1, 0), (1, 1), (1, 2)), ((0, 1), (1, 1), (2, 1)))
 TRIANGLE_LAYOUTS: tuple[tuple[Cell, ...], ...] = (((0, 1), (2, 0), (2, 2)), ((0, 0), (0, 2), (2, 1)))
 TRIANGLE_WEIGHTS = (6, 4)
-USUAL_LAYOUTS = (((1, 1),), PAIR_LAYOUTS[0], TRIANGLE_LAYOUTS[0])  # what needs no words: centre, side by side, a pyramid
+# What needs no words: in the centre, side by side, a pyramid.
+USUAL_LAYOUTS = (((1, 1),), PAIR_LAYOUTS[0], TRIANGLE_LAYOUTS[0])
 RADIUS = {"small": (0.115, 0.135), "large": (0.200, 0.222)}
 
 

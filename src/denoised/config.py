@@ -63,6 +63,21 @@ class DiffusionParallelConfig:
             size *= axis
         return size
 
+    @property
+    def ranks_per_replica(self) -> int:
+        return self.world_size // self.data_parallel_size
+
+    @property
+    def num_weight_copies(self) -> int:
+        """Ranks of a replica that hold equal denoiser weights, which weight sharding may spread out."""
+        return self.cfg_parallel_size * self.ring_degree * self.ulysses_degree
+
+    @property
+    def is_entangled(self) -> bool:
+        """Whether component calls hold collectives, so that a rank that fails in one leaves others waiting in it."""
+        inside = (self.pipeline_parallel_size, self.ring_degree, self.ulysses_degree, self.tensor_parallel_size)
+        return self.use_hsdp or max(*inside, self.vae_patch_parallel_size, self.text_encoder_tp_size) > 1
+
     def formula(self) -> str:
         """The world size as a product with its numbers, for error messages."""
         product = " x ".join(f"{name} {size}" for name, size in self.axes.items())
@@ -138,19 +153,61 @@ def _absent(name: str, inert: tuple[Any, ...], way_out: str) -> Rule:
     return Rule(broken=lambda c: value(c) not in inert, message=message, absent=name)
 
 
+def _over_ranks(name: str) -> Rule:
+    """A degree that is no axis of its own: blocks of so many neighbours among a replica's ranks."""
+
+    def broken(config: EngineConfig) -> bool:
+        return bool(config.parallel_config.ranks_per_replica % getattr(config.parallel_config, name))
+
+    message = (
+        f"{name} must divide the ranks that the other degrees give (cfg x pipeline x ring x ulysses x tensor); "
+        "lower it, or raise cfg_parallel_size or ulysses_degree."
+    )
+    return Rule(broken=broken, message=message)
+
+
+def _hsdp_mismatch(config: EngineConfig) -> bool:
+    parallel = config.parallel_config
+    shards = parallel.hsdp_shard_size
+    if not parallel.use_hsdp or shards == -1:
+        return parallel.use_hsdp and parallel.num_weight_copies % parallel.hsdp_replicate_size != 0
+    return shards * parallel.hsdp_replicate_size != parallel.num_weight_copies
+
+
 RULES: tuple[Rule, ...] = (
-    _absent("data_parallel_size", (1,), "use cfg_parallel_size, which also deals whole requests to ranks."),
-    _absent("pipeline_parallel_size", (1,), "use cfg_parallel_size, or leave it at 1."),
-    _absent("tensor_parallel_size", (1,), "use cfg_parallel_size, or leave it at 1."),
-    _absent("ulysses_degree", (1,), "use cfg_parallel_size, or leave it at 1."),
-    _absent("ring_degree", (1,), "use cfg_parallel_size, or leave it at 1."),
-    _absent("ulysses_mode", ("strict",), "leave it out."),
-    _absent("vae_patch_parallel_size", (1,), "use vae_use_tiling=True to decode in tiles on one rank."),
-    _absent("text_encoder_tp_size", (1,), "leave it at 1."),
+    Rule(
+        broken=lambda c: (
+            c.parallel_config.ulysses_mode != "strict"
+            and c.parallel_config.ulysses_degree * c.parallel_config.ring_degree == 1
+        ),
+        message="ulysses_mode='advanced_uaa' needs a ulysses_degree or ring_degree of 2 or more; raise one, or leave "
+        "the mode out.",
+    ),
+    _over_ranks("vae_patch_parallel_size"),
+    _over_ranks("text_encoder_tp_size"),
+    Rule(
+        broken=lambda c: c.parallel_config.use_hsdp and c.parallel_config.text_encoder_tp_size > 1,
+        message="text_encoder_tp_size cannot go with use_hsdp=True, which shards the text encoders already; leave one "
+        "out.",
+    ),
+    Rule(
+        broken=lambda c: c.parallel_config.use_hsdp and c.parallel_config.num_weight_copies == 1,
+        message="use_hsdp=True needs ranks that hold equal weights; raise cfg_parallel_size, ulysses_degree or "
+        "ring_degree.",
+    ),
+    Rule(
+        broken=lambda c: (
+            not c.parallel_config.use_hsdp
+            and (c.parallel_config.hsdp_shard_size, c.parallel_config.hsdp_replicate_size) != (-1, 1)
+        ),
+        message="hsdp_shard_size and hsdp_replicate_size act with use_hsdp=True only; set it, or leave them out.",
+    ),
+    Rule(
+        broken=_hsdp_mismatch,
+        message="hsdp_shard_size x hsdp_replicate_size must be the ranks that hold equal weights "
+        "(cfg_parallel_size x ring_degree x ulysses_degree); leave hsdp_shard_size at -1, or make them agree.",
+    ),
     _absent("enable_expert_parallel", (False,), "leave it off."),
-    _absent("use_hsdp", (False,), "leave it off."),
-    _absent("hsdp_shard_size", (-1,), "leave it out."),
-    _absent("hsdp_replicate_size", (1,), "leave it out."),
     _absent("cache_backend", (None, "none"), "leave it out."),
     _absent("cache_config", (None, {}), "leave it out."),
     _absent("quantization", (None,), "leave it out."),

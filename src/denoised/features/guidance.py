@@ -5,16 +5,21 @@ Knows nothing of models: which arguments carry rows comes in as `RowRules`. One 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from denoised.errors import one_line
 from denoised.steps import rows
 from denoised.steps.dealing import Placement, group
 from denoised.steps.forward import Call
 from denoised.steps.rows import Piece, RowRules
+from denoised.steps.tally import count, counted
 from denoised.steps.wire import Parcel, Wire
 
 CHANGED = (
@@ -24,12 +29,26 @@ CHANGED = (
 
 @dataclass(kw_only=True)
 class Work:
-    """What this rank did for one request: counted where forwards run."""
+    """What this rank did for one request: counted where forwards run. `counts` are those of `steps.tally`."""
 
     forwards: int = 0
     rows: int = 0
     rows_joined: int = 0
     seconds: float = 0.0
+    idle_seconds: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class Stages(Protocol):
+    """A denoiser whose forwards overlap if they are given together."""
+
+    def run_many(self, calls: Sequence[Callable[[], Any]], *, return_exceptions: bool = False) -> list[Any]:
+        """The results of all, in order, or what they raised."""
+        ...
+
+    def bubble(self) -> float:
+        """The share of the last `run_many` in which this rank waited."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -48,26 +67,65 @@ class Guidance:
         rules: how a call splits into rows.
         join: whether rows of different requests may share a forward.
         max_rows: rows of one joined forward at most.
+        lockstep: ranks of the cfg axis share weights that are gathered inside a forward, so that all must run the same
+            number of forwards of each denoiser. A rank with less to do runs another's rows and drops the result.
+        stages: denoisers that are cut into pipeline stages, by name.
     """
 
     def __init__(
-        self, *, rules: Callable[[Call], RowRules], num_ranks: int, rank: int, join: bool, max_rows: int
+        self,
+        *,
+        rules: Callable[[Call], RowRules],
+        num_ranks: int,
+        rank: int,
+        join: bool,
+        max_rows: int,
+        lockstep: bool = False,
+        stages: Mapping[str, Stages] | None = None,
     ) -> None:
         self._rules, self._join, self._max_rows, self._rank = rules, join, max_rows, rank
+        self._lockstep, self._stages = lockstep, dict(stages or {})
         self.placement = Placement(num_ranks=num_ranks)
         self.work: dict[str, Work] = {}
         self._verdicts: dict[Any, bool] = {}
 
     def run(self, calls: Sequence[Call]) -> Outcome:
-        """Deal `calls` and run this rank's part. No collective happens here, so an error here cannot hang others."""
+        """Deal `calls` and run this rank's part. Errors are kept, not raised: all ranks must agree on them first."""
         changed = {call for call in calls if call.versions is not None and call.versions.changed}
         pieces = self.placement.deal(calls, lambda call: call not in changed and self._splittable(call))
         outcome = Outcome(pieces=pieces, errors={p.key: CHANGED for _, p in pieces if p.call in changed})
-        mine = [piece for rank, piece in pieces if rank == self._rank and piece.call not in changed]
-        groups = group(mine, self._rules, self._may_join, self._max_rows if self._join else 1)
-        for together in groups:
-            self._run_group(together, outcome)
+        ranks = range(self.placement.num_ranks) if self._lockstep else (self._rank,)
+        plans = {rank: self._groups([p for r, p in pieces if r == rank and p.call not in changed]) for rank in ranks}
+        for _, part in itertools.groupby(self._program(plans), key=lambda entry: _denoiser(entry[0])):
+            self._run_part(list(part), outcome)
         return outcome
+
+    def _run_part(self, part: list[tuple[list[Piece], bool]], outcome: Outcome) -> None:
+        """Forwards of one denoiser: overlapping if it is cut into stages, else in turn."""
+        stages = self._stages.get(_denoiser(part[0][0]))
+        if stages is not None:
+            self._run_staged(stages, part, outcome)
+            return
+        for together, is_mine in part:
+            if is_mine:
+                self._run_group(together, outcome)
+            else:
+                self._run_for_company(together)
+
+    def _groups(self, pieces: list[Piece]) -> list[list[Piece]]:
+        return group(pieces, self._rules, self._may_join, self._max_rows if self._join else 1)
+
+    def _program(self, plans: dict[int, list[list[Piece]]]) -> list[tuple[list[Piece], bool]]:
+        """This rank's forwards; in lockstep also those it has too few of, denoiser by denoiser in one order."""
+        mine = plans[self._rank]
+        if not self._lockstep:
+            return [(together, True) for together in mine]
+        program = []
+        for name in sorted({_denoiser(together) for plan in plans.values() for together in plan}):
+            own = [together for together in mine if _denoiser(together) == name]
+            most = max(([g for g in plan if _denoiser(g) == name] for plan in plans.values()), key=len)
+            program += [(g, True) for g in own] + [(g, False) for g in most[len(own) :]]
+        return program
 
     def finish(self, calls: Sequence[Call], outcome: Outcome, wire: Wire | None) -> dict[Call, Any]:
         """Exchange predictions and put each call's rows together. Calls with a failed piece are left out."""
@@ -83,6 +141,10 @@ class Guidance:
                 results[call] = rows.assemble(parts, [outputs[piece.key] for piece in parts])
         return results
 
+    def work_of(self, task_id: str) -> Work:
+        """What was done for a request here so far."""
+        return self.work.setdefault(task_id, Work())
+
     def release(self, task_id: str) -> Work:
         """Forget a request; what was done for it here."""
         self.placement.release(task_id)
@@ -91,27 +153,53 @@ class Guidance:
     def _run_group(self, pieces: list[Piece], outcome: Outcome) -> None:
         started = time.perf_counter()
         try:
-            outputs = rows.run(pieces, self._rules(pieces[0].call))
+            with counted() as counts:
+                outputs = rows.run(pieces, self._rules(pieces[0].call))
         except Exception as error:
-            if len(pieces) > 1:  # find out whose fault it is: the others must not suffer
+            if len(pieces) > 1 and not self._lockstep:  # find out whose fault it is: the others must not suffer
                 for piece in pieces:
                     self._run_group([piece], outcome)
                 return
-            outcome.errors[pieces[0].key] = one_line(error)
+            outcome.errors |= {piece.key: one_line(error) for piece in pieces}
             return
         outcome.outputs.update(zip((p.key for p in pieces), outputs, strict=True))
-        self._count(pieces, time.perf_counter() - started)
+        self._count(pieces, time.perf_counter() - started, counts)
 
-    def _count(self, pieces: list[Piece], seconds: float) -> None:
+    def _run_staged(self, stages: Stages, part: list[tuple[list[Piece], bool]], outcome: Outcome) -> None:
+        """All forwards at once. An error is that of its row alone: the other stages have run it too."""
+        started = time.perf_counter()
+        forwards = [functools.partial(rows.run, pieces, self._rules(pieces[0].call)) for pieces, _ in part]
+        with counted() as counts:
+            results = stages.run_many(forwards, return_exceptions=True)
+        seconds = (time.perf_counter() - started) / len(part)
+        idle = stages.bubble() * seconds
+        for (pieces, is_mine), result in zip(part, results, strict=True):
+            if is_mine and isinstance(result, Exception):
+                outcome.errors |= {piece.key: one_line(result) for piece in pieces}
+            elif is_mine:
+                outcome.outputs.update(zip((piece.key for piece in pieces), result, strict=True))
+                self._count(pieces, seconds, counts, idle=idle)
+
+    def _run_for_company(self, pieces: list[Piece]) -> None:
+        """Takes part in the collectives of a forward whose result is another rank's; so is its error."""
+        with contextlib.suppress(Exception), counted() as counts:
+            count("company_forwards")
+            rows.run(pieces, self._rules(pieces[0].call))
+        for task_id in dict.fromkeys(piece.call.task_id for piece in pieces):
+            self.work_of(task_id).counts.update(counts)
+
+    def _count(self, pieces: list[Piece], seconds: float, counts: Counter[str], idle: float = 0.0) -> None:
         """A forward shared by several requests counts for each of them; its seconds are split by rows."""
         total = sum(len(piece.rows) for piece in pieces)
         for task_id in dict.fromkeys(piece.call.task_id for piece in pieces):
             own = sum(len(piece.rows) for piece in pieces if piece.call.task_id == task_id)
-            work = self.work.setdefault(task_id, Work())
+            work = self.work_of(task_id)
             work.forwards += 1
             work.rows += own
             work.rows_joined += own if len(pieces) > 1 else 0
             work.seconds += seconds * own / total
+            work.idle_seconds += idle * own / total
+            work.counts.update(counts)
 
     # Rules that nobody declared are tried out once per denoiser before the engine relies on them.
 
@@ -137,3 +225,7 @@ class Guidance:
         if question not in self._verdicts:
             self._verdicts[question] = rows.agree(pieces, rules)
         return self._verdicts[question]
+
+
+def _denoiser(pieces: Sequence[Piece]) -> str:
+    return pieces[0].call.target.name

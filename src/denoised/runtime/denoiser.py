@@ -2,6 +2,10 @@
 
 Features are applied innermost first. Those that this version has:
 
+    tensor     1  plain local shards; all later features see ordinary Linears
+    pipeline   5  blocks of other stages: forward replaced, weights dropped, module kept in place
+    shard      6  decides where weights live: FSDP2 per block
+    sequence   8  split at the plan's inputs, gather at its outputs, exchange inside attention; silence is an error
     guidance   9  deals rows to the cfg axis, joins rows of requests
     trap      10  outermost: a task stops here
 
@@ -10,12 +14,17 @@ The numbers are the places of the full order in docs/architecture.md; a feature 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from denoised import hf
-from denoised.config import EngineConfig
+from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidConfigError
-from denoised.features.guidance import Guidance
+from denoised.features import hsdp, pipeline, sequence, tensor, vae_patch
+from denoised.features.guidance import Guidance, Stages
+from denoised.runtime.mesh import Mesh
 from denoised.spec.model_spec import ModelSpec
 from denoised.steps.rows import RowRules
 from denoised.steps.trap import install, targets_of
@@ -23,38 +32,104 @@ from denoised.steps.trap import install, targets_of
 MAX_JOINED_ROWS = 16
 
 
-def build(pipeline: Any, spec: ModelSpec, config: EngineConfig, *, rank: int, num_ranks: int) -> Guidance:
-    """Wrap a pristine pipeline's components in place; gives what runs its denoiser calls.
+def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None) -> Guidance:
+    """Wrap a pristine pipeline's components in place; gives what runs its denoiser calls. `mesh`: None for one rank.
 
     Raises:
-        InvalidConfigError: ranks are asked for and the pipeline has no denoiser whose rows could be dealt.
+        InvalidConfigError: a feature is asked for that cannot act on this model.
     """
-    if num_ranks > 1 and not spec.denoisers:
-        raise InvalidConfigError(
-            f"cfg_parallel_size={num_ranks}: {spec.pipeline} has no component named transformer or unet "
-            "whose calls could be dealt; use cfg_parallel_size=1."
-        )
+    stages: dict[str, Stages] = {}
+    if mesh is not None:
+        _check_denoisers(spec, config.parallel_config)
+        for name in spec.denoisers:
+            stages |= _denoiser(name, getattr(pipe, name), spec, config.parallel_config, mesh)
+        _others(pipe, spec, config.parallel_config, mesh)
     rules = row_rules(spec)
     guidance = Guidance(
         rules=lambda call: rules,
-        num_ranks=num_ranks,
-        rank=rank,
+        num_ranks=mesh.axes["cfg"] if mesh is not None else 1,
+        rank=mesh.coordinate("cfg") if mesh is not None else 0,
         join=not config.deterministic,
         max_rows=MAX_JOINED_ROWS,
+        lockstep=config.parallel_config.use_hsdp,
+        stages=stages,
     )
-    trap(pipeline, spec)
+    trap(pipe, spec)
     return guidance
+
+
+def _denoiser(
+    name: str, model: nn.Module, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh
+) -> dict[str, Stages]:
+    """All features of one denoiser, in the order; its stages, if it is cut into some."""
+    stages: dict[str, Stages] = {}
+    if mesh.axes["tensor"] > 1:
+        tensor.apply(model, spec, mesh.group("tensor"))
+    if mesh.axes["pipeline"] > 1:
+        stages[name] = pipeline.apply(model, spec, mesh.group("pipeline"))
+    if parallel.use_hsdp:
+        hsdp.apply(model, spec, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size))
+    if mesh.axes["ring"] * mesh.axes["ulysses"] > 1:
+        groups = {"ring": mesh.group("ring"), "ulysses": mesh.group("ulysses")}
+        sequence.apply(model, spec, **groups, mode=parallel.ulysses_mode)
+    return stages
+
+
+def _others(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh) -> None:
+    """Text encoders and VAE."""
+    if parallel.text_encoder_tp_size > 1:
+        group = mesh.neighbours(parallel.text_encoder_tp_size)
+        for name, encoder in text_encoders(pipe, spec):
+            tensor.apply_encoder(encoder, group, name=name)
+    if parallel.use_hsdp:
+        for _, encoder in text_encoders(pipe, spec):
+            hsdp.apply(encoder, None, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size))
+    if parallel.vae_patch_parallel_size > 1:
+        vae_patch.apply(_vae(pipe, spec), mesh.neighbours(parallel.vae_patch_parallel_size))
+
+
+def _vae(pipe: Any, spec: ModelSpec) -> nn.Module:
+    vae = getattr(pipe, "vae", None)
+    if not isinstance(vae, nn.Module):
+        raise InvalidConfigError(
+            f"vae_patch_parallel_size: {spec.pipeline} has no component named vae; use vae_patch_parallel_size=1."
+        )
+    return vae
+
+
+def text_encoders(pipe: Any, spec: ModelSpec) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of each text encoder, once."""
+    seen: set[int] = set()
+    for name, part in hf.components(pipe).items():
+        if name.startswith("text_encoder") and isinstance(part, nn.Module) and id(part) not in seen:
+            seen.add(id(part))
+            yield name, part
+
+
+def _check_denoisers(spec: ModelSpec, parallel: DiffusionParallelConfig) -> None:
+    if spec.denoisers:
+        return
+    asked = [name for name, size in parallel.axes.items() if size > 1]
+    raise InvalidConfigError(
+        f"{parallel.formula()}: {spec.pipeline} has no component named transformer or unet for the axes "
+        f"{', '.join(asked)} to act on; use one rank."
+    )
 
 
 def row_rules(spec: ModelSpec) -> RowRules:
     """What the spec says about rows, in the words of `steps`."""
     return RowRules(
-        shared=spec.shared, lists=spec.row_lists, padded=spec.padded, whole=spec.whole_calls, trusted=spec.declared
+        shared=spec.shared,
+        lists=spec.row_lists,
+        dims=spec.row_dims,
+        padded=spec.padded,
+        whole=spec.whole_calls,
+        trusted=spec.declared,
     )
 
 
-def trap(pipeline: Any, spec: ModelSpec) -> None:
+def trap(pipe: Any, spec: ModelSpec) -> None:
     """Make tasks stop at every component call of this pipeline."""
-    components = hf.components(pipeline)
-    for target in list(targets_of(components, spec.denoisers)):
+    components = hf.components(pipe)
+    for target in list(targets_of(components, spec.denoisers, rows_in=spec.rows_in, stores=spec.stores)):
         install(components[target.name], target)

@@ -24,15 +24,22 @@ from denoised.runtime.protocol import Command, Profiled
 from denoised.runtime.results import CallError, InFlight, failed, output
 from denoised.spec.model_spec import ModelSpec
 from denoised.steps.forward import Call, Stage
+from denoised.steps.tally import counted
 from denoised.steps.task import Task
 from denoised.steps.trap import StepObserver
-from denoised.steps.wire import Wire
+from denoised.steps.wire import DesyncError, Header, Wire
+
+# Seconds that a rank which failed waits for ranks that may be stuck in the forward it left, beyond thrice the longest.
+COMPANY_PATIENCE = 5.0
 
 EngineEvent = Progress | OmniRequestOutput | Profiled
 
 
 class Engine:
-    """Runs requests on one pipeline. `wire` is None where there is one rank."""
+    """Runs requests on one pipeline. `wire` is None where there is one rank.
+
+    entangled: component calls hold collectives, so that a rank that fails in one may leave others waiting in it.
+    """
 
     def __init__(
         self,
@@ -44,14 +51,16 @@ class Engine:
         cache: EncoderCache,
         wire: Wire | None,
         axes: dict[str, int],
+        entangled: bool = False,
     ) -> None:
         self._pipeline, self._spec, self._info, self._axes = pipeline, spec, info, axes
         self._guidance, self._cache, self._wire = guidance, cache, wire
         self._in_flight: dict[str, InFlight] = {}
         self._ended: list[InFlight] = []
-        self._arities: dict[str, int] = {}
+        self._arities: dict[str, Any] = {}
         self._events: list[EngineEvent] = []
         self._profiler = RankProfiler()
+        self._entangled, self._longest = entangled, 0.0
         self.stopped = False
 
     @property
@@ -63,10 +72,12 @@ class Engine:
         calls = [call for flight in self._in_flight.values() for call in flight.task.pending]
         atomic = [call for call in calls if call.target.stage is not Stage.DENOISE]
         denoise = [call for call in calls if call.target.stage is Stage.DENOISE]
+        began = time.perf_counter()
         values, errors = self._run_atomic(atomic)
         started = time.perf_counter()
         with stage("denoise"):
             outcome = self._guidance.run(denoise)
+        self._longest = max(self._longest, time.perf_counter() - began)
         with stage("agree"):
             orders = self._agree(calls, errors, outcome, commands)
         self._finish()
@@ -90,8 +101,9 @@ class Engine:
             flight = self._in_flight[call.task_id]
             started = time.perf_counter()
             try:
-                with stage(f"{call.target.stage}: {call.target.name}.{call.target.method}"):
+                with stage(f"{call.target.stage}: {call.target.name}.{call.target.method}"), counted() as counts:
                     values[call] = self._encoded(call, flight)
+                self._guidance.work_of(call.task_id).counts.update(counts)
             except Exception as error:
                 errors[position] = one_line(error)
             flight.seconds[call.target.stage] += time.perf_counter() - started
@@ -125,7 +137,7 @@ class Engine:
         orders = commands() if self._wire.rank == 0 else []
         plan = ([_name(c) for c in calls], [(r, p.key) for r, p in outcome.pieces], [_end(f) for f in self._ended])
         digest = zlib.crc32(repr(plan).encode())
-        header = self._wire.header(digest=digest, errors=bool(errors or outcome.errors), commands=bool(orders))
+        header = self._header(digest, [*errors.values(), *outcome.errors.values()], commands=bool(orders))
         if header.errors:
             for other_errors, other_pieces in self._wire.gather_objects((errors, outcome.errors)):
                 errors.update(other_errors)
@@ -133,6 +145,14 @@ class Engine:
         if header.news:
             self._wire.learn_layouts()
         return self._wire.from_first(orders) if header.commands else []
+
+    def _header(self, digest: int, problems: list[str], *, commands: bool) -> Header:
+        assert self._wire is not None
+        patience = COMPANY_PATIENCE + 3 * self._longest if problems and self._entangled else None
+        try:
+            return self._wire.header(digest=digest, errors=bool(problems), commands=commands, patience=patience)
+        except DesyncError as error:
+            raise DesyncError(f"{error}: {problems[0]}" if problems else str(error)) from error
 
     def _resolve(self, calls: list[Call], values: dict[Call, Any], errors: dict[int, str], outcome: Outcome) -> None:
         atomic = [call for call in calls if call.target.stage is not Stage.DENOISE]

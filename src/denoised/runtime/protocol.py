@@ -34,10 +34,12 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """A rank cannot go on. `by_user` marks errors of the settings or the model, which a restart does not mend."""
+    """A rank cannot go on. `by_user` marks errors of the settings or the model, which a restart does not mend;
+    `by_settings` those of the settings."""
 
     error: str
     by_user: bool = False
+    by_settings: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,15 @@ def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str
         seed=flight.request.seed,
         steps=flight.step,
         ranks=[
-            RankWork(rank=r, forwards=w.forwards, rows=w.rows, seconds=round(w.seconds, 6)) for r, w in enumerate(work)
+            RankWork(
+                rank=rank,
+                forwards=did.forwards,
+                rows=did.rows,
+                seconds=round(did.seconds, 6),
+                idle_seconds=round(did.idle_seconds, 6),
+                counts=dict(did.counts),
+            )
+            for rank, did in enumerate(work)
         ],
         rows_joined=sum(w.rows_joined for w in work),
         encoder_cache_hits=flight.cache_hits,

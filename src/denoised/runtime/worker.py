@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from denoised import env, hf
 from denoised.config import EngineConfig
@@ -24,6 +23,7 @@ from denoised.errors import DenoisedError, InvalidConfigError, one_line
 from denoised.runtime import denoiser, load, model_info
 from denoised.runtime.encoder_cache import EncoderCache
 from denoised.runtime.engine import Engine
+from denoised.runtime.mesh import Mesh
 from denoised.runtime.protocol import Channel, Command, Failed, RankSpec, Ready
 from denoised.spec.registry import resolve
 from denoised.steps.current import current_task
@@ -46,8 +46,9 @@ def run_rank(spec: RankSpec, channel: Channel) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the client is gone
     except Exception as error:
-        by_user = isinstance(error, DenoisedError)
-        _tell(channel, Failed(error=str(error) if by_user else _with_place(error), by_user=by_user))
+        by_user, by_settings = isinstance(error, DenoisedError), isinstance(error, InvalidConfigError)
+        text = str(error) if by_user else _with_place(error)
+        _tell(channel, Failed(error=text, by_user=by_user, by_settings=by_settings))
 
 
 def start(spec: RankSpec, channel: Channel) -> Engine:
@@ -57,11 +58,11 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
     _import_plugins(spec)
     torch.set_num_threads(spec.config.num_threads or env.default_threads(spec.local_world_size))
     device = device_of(spec)
-    wire = _connect(spec, device)
+    mesh = _connect(spec, device)
     pipeline = load.load(spec.config, device=device)
     hf.route_warnings(_note)
     model_spec = resolve(pipeline)
-    guidance = denoiser.build(pipeline, model_spec, spec.config, rank=spec.rank, num_ranks=spec.world_size)
+    guidance = denoiser.build(pipeline, model_spec, spec.config, mesh)
     info = model_info.describe(
         pipeline,
         model_spec,
@@ -77,8 +78,9 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
         info=info,
         guidance=guidance,
         cache=EncoderCache(spec.config.encoder_cache_mb * 2**20),
-        wire=wire,
+        wire=_wire(mesh, device),
         axes=spec.config.parallel_config.axes,
+        entangled=spec.config.parallel_config.is_entangled,
     )
 
 
@@ -123,7 +125,7 @@ def device_of(spec: RankSpec) -> str:
     return f"cuda:{spec.local_rank}"
 
 
-def _connect(spec: RankSpec, device: str) -> Wire | None:
+def _connect(spec: RankSpec, device: str) -> Mesh | None:
     """The group and mesh of all ranks; None where there is one."""
     if spec.world_size == 1:
         return None
@@ -133,10 +135,13 @@ def _connect(spec: RankSpec, device: str) -> Wire | None:
         dist.init_process_group(
             backend, init_method=spec.rendezvous, rank=spec.rank, world_size=spec.world_size, timeout=PATIENCE
         )
-    axes = {name: size for name, size in spec.config.parallel_config.axes.items() if size > 1}
-    mesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    control = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return Wire(control=control, data=mesh["cfg"].get_group(), device=torch.device(device))
+    return Mesh(spec.config.parallel_config, device=kind, timeout=PATIENCE)
+
+
+def _wire(mesh: Mesh | None, device: str) -> Wire | None:
+    if mesh is None:
+        return None
+    return Wire(control=mesh.control, data=mesh.group("cfg"), device=torch.device(device))
 
 
 def _dtype_of(pipeline: Any, denoisers: tuple[str, ...]) -> str:
