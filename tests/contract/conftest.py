@@ -21,7 +21,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if marker and report.when == "call":
         name = item.callspec.params["name"]  # type: ignore[attr-defined]
         cell = marker.args[0].format(**item.callspec.params)  # type: ignore[attr-defined]
-        _results.setdefault(name, {})[cell] = "ok" if report.passed else "failed"
+        found = dict(item.user_properties).get("refused", "ok") if report.passed else "failed"
+        _results.setdefault(name, {})[cell] = str(found)
     return report
 
 

@@ -7,13 +7,25 @@ acted on every rank.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from denoised import DiffusionParallelConfig, Omni, OmniRequestOutput
 from denoised.errors import InvalidConfigError
-from tests.contract.support import REORDERED, ask, difference, folder, latent_type, media, reference
+from tests.contract.support import (
+    ORDER,
+    REORDERED,
+    as_omni,
+    ask,
+    difference,
+    folder,
+    latent_type,
+    media,
+    reference,
+    request_of,
+)
 
 # What a method leaves in the counts of every rank that it acted on, and the settings that ask for it.
 METHODS: dict[str, dict[str, Any]] = {
@@ -63,6 +75,27 @@ def counts(outputs: list[OmniRequestOutput]) -> list[Counter[str]]:
     return total
 
 
+# A sequence that nobody knows how to cut: the engine says so at start.
+NO_SEQUENCE = ("sana", "sdxl")
+
+
+@pytest.mark.parametrize("name", ORDER)
+@pytest.mark.parametrize("method", ["ulysses", "ring", "tensor", "pipeline", "hsdp"])
+@pytest.mark.cell("{method}")
+def test_every_row(name: str, method: str, record_property: Callable[[str, object], None]) -> None:
+    """One method on two ranks, two requests in flight."""
+    degrees = {"cfg_parallel_size": 2, "use_hsdp": True} if method == "hsdp" else METHODS[method]
+    if method in ("ulysses", "ring") and name in NO_SEQUENCE:
+        with pytest.raises(InvalidConfigError, match="can be cut") as caught:
+            run(name, [0], **degrees)
+        record_property("refused", str(caught.value))
+        return
+    outputs = run(name, [0, 1], **degrees)
+    check(name, outputs, [0, 1])
+    for rank, counted in enumerate(counts(outputs)):
+        assert all(counted[trace] > 0 for trace in TRACES[method]), (rank, counted)
+
+
 def pairs() -> list[tuple[str, str]]:
     names = list(METHODS)
     return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
@@ -105,6 +138,27 @@ def test_triples_on_eight_ranks(name: str, methods: tuple[str, ...]) -> None:
     outputs = run(name, [0], **degrees)
     check(name, outputs, [0])
     assert len(counts(outputs)) == 8
+
+
+def test_text_encoders_on_two_ranks() -> None:
+    outputs = run("qwen_image", [0, 1], cfg_parallel_size=2, text_encoder_tp_size=2)
+    check("qwen_image", outputs, [0, 1])
+    assert all(counted["all_reduce"] > 0 for counted in counts(outputs))
+
+
+def test_vae_tiles_on_two_ranks() -> None:
+    """Decoded pictures are those of the same VAE's own tiles; each rank decoded some of them."""
+    settings: dict[str, Any] = {"num_threads": 1, "deterministic": True}
+    prompt, params = as_omni(request_of("sd3", 0) | {"height": 64, "width": 96}, 3, "pt")
+    with Omni(folder("sd3"), vae_use_tiling=True, **settings) as alone:
+        (expected,) = alone.generate([prompt], params, use_tqdm=False)
+    parallel = DiffusionParallelConfig(tensor_parallel_size=2, vae_patch_parallel_size=2)
+    with Omni(folder("sd3"), parallel_config=parallel, **settings) as shared:
+        (got,) = shared.generate([prompt], params, use_tqdm=False)
+    assert difference(media(expected), media(got)) <= REORDERED
+    tiles = [counted["vae_tiles"] for counted in counts([got])]
+    assert min(tiles) > 0, tiles
+    assert max(tiles) - min(tiles) <= 1, tiles
 
 
 @pytest.mark.parametrize(
