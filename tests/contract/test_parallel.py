@@ -113,10 +113,10 @@ def test_pairs(name: str, first: str, second: str) -> None:
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)
-@pytest.mark.parametrize("method", ["cfg", "ulysses", "ring", "tensor"])
+@pytest.mark.parametrize("method", ["cfg", "ulysses", "ring", "tensor", "pipeline"])
 def test_hsdp_with(name: str, method: str) -> None:
-    """Sharded weights below the other methods; with tensor, over the cfg axis."""
-    degrees = METHODS[method] | ({"cfg_parallel_size": 2} if method == "tensor" else {})
+    """Sharded weights below the other methods; with those that divide the weights themselves, over the cfg axis."""
+    degrees = METHODS[method] | ({"cfg_parallel_size": 2} if method in ("tensor", "pipeline") else {})
     outputs = run(name, [0, 1], use_hsdp=True, **degrees)
     check(name, outputs, [0, 1])
     assert all(counted["hsdp_all_gather"] > 0 for counted in counts(outputs))

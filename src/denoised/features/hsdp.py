@@ -46,26 +46,33 @@ class _Keeper(nn.Module):
         return run()
 
     def others(self) -> set[nn.Parameter]:
-        """Parameters of groups below, and scalars, which FSDP2 cannot shard."""
-        scalars = {parameter for parameter in self.module.parameters() if not parameter.ndim}
-        return scalars | {parameter for keeper in self.below for parameter in keeper.parameters()}
+        """Parameters of groups below, of other pipeline stages (on meta), and scalars, which FSDP2 cannot shard."""
+        kept = {parameter for parameter in self.module.parameters() if not parameter.ndim or parameter.is_meta}
+        return kept | {parameter for keeper in self.below for parameter in keeper.parameters()}
 
 
-def apply(model: nn.Module, spec: ModelSpec | None, mesh: DeviceMesh) -> None:
+def apply(
+    model: nn.Module,
+    spec: ModelSpec | None,
+    mesh: DeviceMesh,
+    fill: Callable[[nn.Module], None] = lambda module: None,
+) -> None:
     """Shard `model`'s weights in place, for inference.
 
     Args:
         spec: not asked: blocks may be gathered in any order.
         mesh: (shard,) or (replicate, shard).
+        fill: reads a module's weights, if they are not there yet. Only one block at a time is held whole.
 
     Raises:
         InvalidConfigError: there is nothing to shard, or nobody to share it with.
     """
     _check(model, mesh)
-    _prepare(model)
     keepers = tuple(_Keeper(block) for block in _blocks(model))
     rest = _Keeper(model, keepers)
     for keeper in (*keepers, rest):
+        fill(keeper.module)
+        _prepare(keeper.module)
         _shard(keeper, mesh)
     rest(lambda: None)  # FSDP2 finds out now, not in a request, which groups there are and who is outermost
     _reroute(keepers, rest)
@@ -112,12 +119,14 @@ def _prepare(model: nn.Module) -> None:
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The modules that become groups: entries of the outermost lists that hold a share of the weights worth it.
 
-    A block whose weights are tied to a tensor outside of it stays with the rest, where both names are one tensor.
+    A block whose weights are tied to a tensor outside of it stays with the rest, where both names are one tensor; the
+    block of another pipeline stage has no weights here.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     worth = [part for part in _lists(model) if sum(p.numel() for p in part.parameters()) >= SMALLEST_SHARE * total]
     uses = _uses(model)
-    unique = {id(block): block for part in worth for block in part.children()}.values()
+    here = (block for part in worth for block in part.children() if not any(p.is_meta for p in block.parameters()))
+    unique = {id(block): block for block in here}.values()
     return [block for block in unique if _uses(block) and all(uses[key] == n for key, n in _uses(block).items())]
 
 
