@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import tempfile
@@ -22,9 +23,11 @@ from denoised.request import Progress
 PROMPT = {"prompt": "a cat sits on the table", "negative_prompt": "two red birds over a lake"}
 
 
-def qwen_image(*, layers: int, heads: int, dtype: torch.dtype) -> Any:
-    """A Qwen-Image pipeline: a random transformer of `layers` blocks with `heads` heads of 64; the rest small."""
+def qwen_image(*, layers: int, heads: int, dtype: torch.dtype, text_width: int | None = None) -> Any:
+    """A Qwen-Image pipeline: a random transformer of `layers` blocks with `heads` heads of 64; the rest small, but for
+    a text encoder of 12 layers of `text_width` if that is given."""
     pipeline = ROWS["qwen_image"].build()
+    text_encoder = pipeline.text_encoder if text_width is None else _text_encoder(pipeline.text_encoder, text_width)
     old = pipeline.transformer.config
     torch.manual_seed(0)
     pipeline.transformer = QwenImageTransformer2DModel(
@@ -34,7 +37,7 @@ def qwen_image(*, layers: int, heads: int, dtype: torch.dtype) -> Any:
         num_layers=layers,
         attention_head_dim=64,
         num_attention_heads=heads,
-        joint_attention_dim=old.joint_attention_dim,
+        joint_attention_dim=text_width or old.joint_attention_dim,
         axes_dims_rope=(16, 24, 24),
     ).eval()
     channels = old.out_channels
@@ -48,9 +51,20 @@ def qwen_image(*, layers: int, heads: int, dtype: torch.dtype) -> Any:
         latents_mean=[0.0] * channels,
         latents_std=[1.0] * channels,
     ).eval()
-    pipeline = type(pipeline)(**{**pipeline.components, "vae": vae})
+    pipeline = type(pipeline)(**{**pipeline.components, "vae": vae, "text_encoder": text_encoder})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(dtype)
+
+
+def _text_encoder(small: Any, width: int) -> Any:
+    """One of the same class, tokens and heads' size, with random weights."""
+    config = copy.deepcopy(small.config)
+    heads = width * config.text_config.num_attention_heads // config.text_config.hidden_size
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 12}
+    config.text_config.update(sizes | {"num_attention_heads": heads, "num_key_value_heads": heads})
+    config.text_config.layer_types = ["full_attention"] * 12
+    config.vision_config.out_hidden_size = width
+    return type(small)(config).eval()
 
 
 def saved(pipeline: Any) -> str:
