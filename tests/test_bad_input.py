@@ -75,16 +75,6 @@ def test_refused_before_loading(flags: str, says: tuple[str, ...], tmp_path: Pat
 
 # Flags of features that are not there yet.
 ABSENT = [
-    "--usp 2",
-    "--ring_degree 2",
-    "--tensor-parallel-size 2",
-    "--pipeline_parallel_size 2",
-    "--vae-patch-parallel-size 2",
-    "--text-encoder-tp-size 2",
-    "--use-hsdp",
-    "--hsdp-shard-size 2",
-    "--hsdp-replicate-size 2",
-    "--enable-expert-parallel",
     "--cache-backend tea_cache",
     '--cache-config {"rel_l1_thresh":0.2}',
     "--enable-cpu-offload",
@@ -102,6 +92,22 @@ ABSENT = [
 def test_absent_features_are_refused_with_the_way_out(flags: str, tmp_path: Path) -> None:
     message = refused(tmp_path, "a cat", "--output", tmp_path / "out.png", *flags.split())
     assert "is not available in this version; " in message
+
+
+LONELY = [
+    ("--vae-patch-parallel-size 2", "must divide the ranks"),
+    ("--text-encoder-tp-size 2", "must divide the ranks"),
+    ("--use-hsdp", "raise cfg_parallel_size"),
+    ("--hsdp-shard-size 2", "use_hsdp=True"),
+    ("--hsdp-replicate-size 2", "use_hsdp=True"),
+    ("--enable-expert-parallel", "raise tensor_parallel_size"),
+    ("--ulysses-mode advanced_uaa", "leave the mode out"),
+]
+
+
+@pytest.mark.parametrize(("flags", "way_out"), LONELY)
+def test_degrees_that_act_on_no_ranks_are_refused(flags: str, way_out: str, tmp_path: Path) -> None:
+    assert way_out in refused(tmp_path, "a cat", "--output", tmp_path / "out.png", *flags.split())
 
 
 OUTPUTS = ["out.bmp", "out", "nowhere/out.png", "/proc/out.png", "folder.png", "file.png/out.png"]

@@ -68,6 +68,11 @@ class DiffusionParallelConfig:
         return self.world_size // self.data_parallel_size
 
     @property
+    def sequence_degree(self) -> int:
+        """Ranks that the sequence is spread over."""
+        return self.ring_degree * self.ulysses_degree
+
+    @property
     def num_weight_copies(self) -> int:
         """Ranks of a replica that hold equal denoiser weights, which weight sharding may spread out."""
         return self.cfg_parallel_size * self.ring_degree * self.ulysses_degree
@@ -186,6 +191,23 @@ RULES: tuple[Rule, ...] = (
     _over_ranks("vae_patch_parallel_size"),
     _over_ranks("text_encoder_tp_size"),
     Rule(
+        broken=lambda c: (
+            c.parallel_config.enable_expert_parallel
+            and c.parallel_config.sequence_degree * c.parallel_config.tensor_parallel_size == 1
+        ),
+        message="enable_expert_parallel=True deals experts to the ranks of the tensor and sequence axes; raise "
+        "tensor_parallel_size, ulysses_degree or ring_degree, or leave it off.",
+    ),
+    Rule(
+        broken=lambda c: (
+            c.parallel_config.enable_expert_parallel
+            and c.parallel_config.use_hsdp
+            and c.parallel_config.sequence_degree > 1
+        ),
+        message="enable_expert_parallel=True leaves the ranks of ulysses_degree and ring_degree with unequal weights, "
+        "which use_hsdp=True cannot shard over them; use tensor_parallel_size with it, or leave one out.",
+    ),
+    Rule(
         broken=lambda c: c.parallel_config.use_hsdp and c.parallel_config.text_encoder_tp_size > 1,
         message="text_encoder_tp_size cannot go with use_hsdp=True, which shards the text encoders already; leave one "
         "out.",
@@ -207,7 +229,6 @@ RULES: tuple[Rule, ...] = (
         message="hsdp_shard_size x hsdp_replicate_size must be the ranks that hold equal weights "
         "(cfg_parallel_size x ring_degree x ulysses_degree); leave hsdp_shard_size at -1, or make them agree.",
     ),
-    _absent("enable_expert_parallel", (False,), "leave it off."),
     _absent("cache_backend", (None, "none"), "leave it out."),
     _absent("cache_config", (None, {}), "leave it out."),
     _absent("quantization", (None,), "leave it out."),

@@ -62,6 +62,23 @@ def quietly(*, bars: bool) -> Iterator[None]:
                 library.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def opening_weights(*, load_file: Callable[..., Any], safe_open: Callable[..., Any]) -> Iterator[None]:
+    """Let diffusers and transformers open safetensors files with these, in place of the functions of the same name."""
+    import safetensors.torch
+    import transformers.modeling_utils
+
+    places = [(safetensors.torch, "load_file", load_file), (transformers.modeling_utils, "safe_open", safe_open)]
+    before = [getattr(module, name) for module, name, _ in places]
+    for module, name, function in places:
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for (module, name, _), function in zip(places, before, strict=True):
+            setattr(module, name, function)
+
+
 class _Taken(logging.Filter):
     """Keeps a record from being printed if somebody takes its message."""
 

@@ -123,6 +123,23 @@ def test_hsdp_with(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "degrees",
+    [
+        METHODS["tensor"],
+        METHODS["ulysses"],
+        METHODS["ring"] | METHODS["tensor"],
+        METHODS["tensor"] | METHODS["pipeline"],
+        METHODS["tensor"] | {"cfg_parallel_size": 2, "use_hsdp": True},
+    ],
+)
+def test_experts_on_ranks(degrees: dict[str, Any]) -> None:
+    """Mixtures of experts dealt whole, under the other methods; each rank calls some."""
+    outputs = run("hidream_i1", [0, 1], enable_expert_parallel=True, **degrees)
+    check("hidream_i1", outputs, [0, 1])
+    assert all(counted["experts"] > 0 for counted in counts(outputs))
+
+
+@pytest.mark.parametrize(
     ("name", "methods"),
     [
         ("qwen_image", ("cfg", "ulysses", "tensor")),
@@ -165,6 +182,8 @@ def test_vae_tiles_on_two_ranks() -> None:
     ("degrees", "words"),
     [
         ({"tensor_parallel_size": 3}, ("tensor_parallel_size=3", "use 1, 2")),
+        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, ("enable_expert_parallel=True", "leave it off")),
+        ({"enable_expert_parallel": True}, ("enable_expert_parallel=True", "tensor_parallel_size")),
         ({"pipeline_parallel_size": 9}, ("pipeline_parallel_size=9", "at most 4")),
         ({"vae_patch_parallel_size": 2}, ("vae_patch_parallel_size", "divide")),
         ({"cfg_parallel_size": 2, "text_encoder_tp_size": 4}, ("text_encoder_tp_size", "divide")),

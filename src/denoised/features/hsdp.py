@@ -125,9 +125,14 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     total = sum(parameter.numel() for parameter in model.parameters())
     worth = [part for part in _lists(model) if sum(p.numel() for p in part.parameters()) >= SMALLEST_SHARE * total]
     uses = _uses(model)
-    here = (block for part in worth for block in part.children() if not any(p.is_meta for p in block.parameters()))
+    here = (block for part in worth for block in part.children() if not _is_elsewhere(block))
     unique = {id(block): block for block in here}.values()
     return [block for block in unique if _uses(block) and all(uses[key] == n for key, n in _uses(block).items())]
+
+
+def _is_elsewhere(block: nn.Module) -> bool:
+    """Whether all its weights are another rank's; a block without some of its experts is here."""
+    return all(parameter.is_meta for parameter in block.parameters())
 
 
 def _lists(module: nn.Module) -> Iterator[nn.Module]:

@@ -2,9 +2,11 @@
 
 Features are applied innermost first. Those that this version has:
 
+    expert     1  experts dealt whole, and marked so that tensor leaves them alone
     tensor     1  plain local shards; all later features see ordinary Linears
     pipeline   5  blocks of other stages: forward replaced, weights dropped, module kept in place
     shard      6  decides where weights live: FSDP2 per block
+               -  what is still needed of the weights is read from the files, unless `shard` has, block by block
     sequence   8  split at the plan's inputs, gather at its outputs, exchange inside attention; silence is an error
     guidance   9  deals rows to the cfg axis, joins rows of requests
     trap      10  outermost: a task stops here
@@ -22,8 +24,9 @@ from torch import nn
 from denoised import hf
 from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidConfigError
-from denoised.features import hsdp, pipeline, sequence, tensor, vae_patch
+from denoised.features import expert, hsdp, pipeline, sequence, tensor, vae_patch
 from denoised.features.guidance import Guidance, Stages
+from denoised.runtime import weights
 from denoised.runtime.mesh import Mesh
 from denoised.spec.model_spec import ModelSpec
 from denoised.steps.rows import RowRules
@@ -63,12 +66,15 @@ def _denoiser(
 ) -> dict[str, Stages]:
     """All features of one denoiser, in the order; its stages, if it is cut into some."""
     stages: dict[str, Stages] = {}
+    if parallel.enable_expert_parallel:
+        expert.apply(model, spec, tensor=mesh.group("tensor"), sequence=mesh.span("ring", "ulysses"))
     if mesh.axes["tensor"] > 1:
         tensor.apply(model, spec, mesh.group("tensor"))
     if mesh.axes["pipeline"] > 1:
         stages[name] = pipeline.apply(model, spec, mesh.group("pipeline"))
     if parallel.use_hsdp:
-        hsdp.apply(model, spec, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size))
+        hsdp.apply(model, spec, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size), weights.fill)
+    weights.fill(model)
     if mesh.axes["ring"] * mesh.axes["ulysses"] > 1:
         groups = {"ring": mesh.group("ring"), "ulysses": mesh.group("ulysses")}
         sequence.apply(model, spec, **groups, mode=parallel.ulysses_mode)
@@ -83,7 +89,9 @@ def _others(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh:
             tensor.apply_encoder(encoder, group, name=name)
     if parallel.use_hsdp:
         for _, encoder in text_encoders(pipe, spec):
-            hsdp.apply(encoder, None, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size))
+            hsdp.apply(encoder, None, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size), weights.fill)
+    for part in modules(pipe):
+        weights.fill(part)
     if parallel.vae_patch_parallel_size > 1:
         vae_patch.apply(_vae(pipe, spec), mesh.neighbours(parallel.vae_patch_parallel_size))
 
@@ -95,6 +103,11 @@ def _vae(pipe: Any, spec: ModelSpec) -> nn.Module:
             f"vae_patch_parallel_size: {spec.pipeline} has no component named vae; use vae_patch_parallel_size=1."
         )
     return vae
+
+
+def modules(pipe: Any) -> Iterator[nn.Module]:
+    """All components with weights."""
+    return (part for part in hf.components(pipe).values() if isinstance(part, nn.Module))
 
 
 def text_encoders(pipe: Any, spec: ModelSpec) -> Iterator[tuple[str, nn.Module]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,18 @@ def default_sampling_params(model: Any) -> dict[str, Any]:
     return BUILTIN_DEFAULTS.get(model, {}) if isinstance(model, str) else {}
 
 
-def load(config: EngineConfig, *, device: str) -> Any:
+def load(config: EngineConfig, *, device: str, unread: bool = False) -> Any:
     """The pipeline of `config.model` on `device`, ready to run.
+
+    Args:
+        unread: leave the weights in their files until `weights.fill`; those of a pipeline object stay as they are.
 
     Raises:
         ModelError: it cannot be loaded, with the reason in one sentence.
     """
     import torch
+
+    from denoised.runtime import weights
 
     if not isinstance(config.model, str | Path):
         if config.dtype is not None:
@@ -119,7 +125,7 @@ def load(config: EngineConfig, *, device: str) -> Any:
         return _configured(config.model.to(device), config)
     source = locate(str(config.model))
     try:
-        with hf.quietly(bars=not isinstance(source, Path)):
+        with hf.quietly(bars=not isinstance(source, Path)), weights.unread(device) if unread else nullcontext():
             pipeline = _pipeline_class(source).from_pretrained(
                 source,
                 dtype=getattr(torch, dtype_name(config, device)),

@@ -32,6 +32,7 @@ class Mesh:
         self._mesh = init_device_mesh(device, tuple(real.values()), mesh_dim_names=tuple(real)) if real else None
         self.control = dist.new_group(backend="gloo", timeout=timeout)
         self._blocks: dict[int, dist.ProcessGroup] = {}
+        self._spans: dict[tuple[str, ...], dist.ProcessGroup] = {}
         self._sharded: dict[int, DeviceMesh] = {}
         self._alone: dist.ProcessGroup = dist.new_group([self.rank], timeout=timeout, use_local_synchronization=True)
 
@@ -41,6 +42,23 @@ class Mesh:
             return self._alone
         group: dist.ProcessGroup = self._mesh.get_group(axis)
         return group
+
+    def span(self, *axes: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one along these axes alone, in the mesh's order of ranks."""
+        real = [axis for axis in axes if self.axes[axis] > 1]
+        if len(real) < 2:
+            return self.group((real or axes)[0])
+        if axes not in self._spans:
+            self._spans[axes] = self._span(real)
+        return self._spans[axes]
+
+    def _span(self, axes: list[str]) -> dist.ProcessGroup:
+        names, sizes = list(self.axes), list(self.axes.values())
+        inner = [names.index(axis) for axis in axes]
+        outer = [place for place in range(len(names)) if place not in inner]
+        ranks = torch.arange(self.size).view(sizes).permute(*outer, *inner)
+        table = ranks.reshape(-1, prod(sizes[place] for place in inner))
+        return DeviceMesh(self._device, table, mesh_dim_names=("other", "span")).get_group("span")
 
     def coordinate(self, axis: str) -> int:
         """This rank's place along `axis`."""

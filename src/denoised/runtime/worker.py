@@ -59,7 +59,7 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
     torch.set_num_threads(spec.config.num_threads or env.default_threads(spec.local_world_size))
     device = device_of(spec)
     mesh = _connect(spec, device)
-    pipeline = load.load(spec.config, device=device)
+    pipeline = load.load(spec.config, device=device, unread=mesh is not None)
     hf.route_warnings(_note)
     model_spec = resolve(pipeline)
     guidance = denoiser.build(pipeline, model_spec, spec.config, mesh)

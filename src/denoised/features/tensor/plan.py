@@ -11,6 +11,7 @@ from torch import nn
 
 from denoised.hf import declared_cuts
 from denoised.spec import tensor as names
+from denoised.spec.experts import DEALT
 from denoised.spec.tensor import Attention, Feedforward, Layer, Plan
 
 # A model of whose matrices less than this share would be divided gains nothing worth its exchanges.
@@ -34,14 +35,21 @@ def read(model: nn.Module) -> Plan:
     _check_outputs(attentions, layers)
     if layers:
         layers = {layer.path: layer for layer in _modulations(model)} | layers
-    return Plan(layers=tuple(layers.values()), attentions=attentions)
+    whole = {id(part) for part in _dealt(model)}
+    kept = (layer for layer in layers.values() if id(model.get_submodule(layer.path)) not in whole)
+    return Plan(layers=tuple(kept), attentions=attentions)
+
+
+def _dealt(model: nn.Module) -> list[nn.Module]:
+    """Modules whose weights are shared out to ranks already, each of them whole."""
+    return [part for module in model.modules() if hasattr(module, DEALT) for part in module.modules()]
 
 
 def share(model: nn.Module, plan: Plan) -> float:
     """How much is divided of the matrices of blocks, which are what stands in lists of modules."""
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
     blocks = {id(layer): layer for blocks in lists for layer in blocks.modules()}
-    divided = {id(model.get_submodule(layer.path)) for layer in plan.layers}
+    divided = {id(model.get_submodule(layer.path)) for layer in plan.layers} | {id(part) for part in _dealt(model)}
     sizes = {key: w.numel() for key, layer in blocks.items() if (w := weight(layer)) is not None and w.ndim > 1}
     return sum(size for key, size in sizes.items() if key in divided) / max(sum(sizes.values()), 1)
 
