@@ -48,7 +48,7 @@ class DenoiserTraining:
     num_layers: int = 5
     num_heads: int = 4
     head_dim: int = 64
-    steps: int = 6_300
+    steps: int = 6_000
     batch_size: int = 128
     learning_rate: float = 1e-3
     warmup_steps: int = 150
