@@ -46,7 +46,7 @@ TRACES = {
 REPRESENTATIVE = ("qwen_image", "flux_true_cfg", "wan22_t2v", "sd3")
 
 
-def run(name: str, indexes: list[int], **degrees: Any) -> list[OmniRequestOutput]:
+def run(name: str, indexes: list[int], *, output_type: str | None = None, **degrees: Any) -> list[OmniRequestOutput]:
     """A row's requests on ranks with these degrees."""
     with Omni(
         folder(name),
@@ -55,7 +55,7 @@ def run(name: str, indexes: list[int], **degrees: Any) -> list[OmniRequestOutput
         plugins=("tests.contract.rank_setup",),
         deterministic=True,
     ) as omni:
-        return ask(omni, name, indexes, latent_type(name))
+        return ask(omni, name, indexes, output_type or latent_type(name))
 
 
 def check(name: str, outputs: list[OmniRequestOutput], indexes: list[int], *, bound: float = REORDERED) -> None:
@@ -176,6 +176,15 @@ def test_vae_tiles_on_two_ranks() -> None:
     tiles = [counted["vae_tiles"] for counted in counts([got])]
     assert min(tiles) > 0, tiles
     assert max(tiles) - min(tiles) <= 1, tiles
+    assert got.receipt is not None
+    assert got.receipt.notes == []
+
+
+def test_a_picture_of_one_tile_is_noted() -> None:
+    """Nothing to deal: the receipt says so."""
+    outputs = run("sd3", [0], tensor_parallel_size=2, vae_patch_parallel_size=2, output_type="pt")
+    assert outputs[0].receipt is not None
+    assert "vae_patch_parallel_size did not act" in outputs[0].receipt.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -92,5 +92,14 @@ def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str
         stage_seconds={name: round(seconds, 6) for name, seconds in flight.seconds.items()},
         peak_memory_mb=memory.peak_mb(),
         versions=memory.versions(),
-        notes=list(flight.task.notes),
+        notes=[*flight.task.notes, *_inert(work)],
     )
+
+
+def _inert(work: list[Work]) -> list[str]:
+    """What was asked for and had nothing to act on in this request."""
+    if not any(did.counts["vae_patch_single_tile"] for did in work):
+        return []
+    return [
+        "vae_patch_parallel_size did not act: the picture is fewer tiles of this VAE than ranks; each decoded it."
+    ]
