@@ -96,6 +96,15 @@ def test_every_row(name: str, method: str, record_property: Callable[[str, objec
         assert all(counted[trace] > 0 for trace in TRACES[method]), (rank, counted)
 
 
+def test_stages_count_their_own_blocks() -> None:
+    """Two guidance branches in flight on two stages: every rank runs its half of the blocks, once a row."""
+    (output,) = run("qwen_image", [0], pipeline_parallel_size=2)
+    assert output.receipt is not None
+    for work in output.receipt.ranks:
+        assert work.counts["blocks_run"] == 2 * work.forwards, work
+        assert 0 < work.idle_seconds < work.seconds
+
+
 def pairs() -> list[tuple[str, str]]:
     names = list(METHODS)
     return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]

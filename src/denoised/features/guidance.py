@@ -178,7 +178,10 @@ class Guidance:
                 outcome.errors |= {piece.key: one_line(result) for piece in pieces}
             elif is_mine:
                 outcome.outputs.update(zip((piece.key for piece in pieces), result, strict=True))
-                self._count(pieces, seconds, counts, idle=idle)
+                self._count(pieces, seconds, Counter(), idle=idle)
+        # What was counted cannot be told apart by row: each request gets all of it, once.
+        for task_id in dict.fromkeys(piece.call.task_id for pieces, _ in part for piece in pieces):
+            self.work_of(task_id).counts.update(counts)
 
     def _run_for_company(self, pieces: list[Piece]) -> None:
         """Takes part in the collectives of a forward whose result is another rank's; so is its error."""
