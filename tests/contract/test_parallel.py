@@ -114,7 +114,7 @@ def pairs() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("first", "second"), pairs())
 def test_pairs(name: str, first: str, second: str) -> None:
     """Two methods at once on four ranks, two requests in flight."""
-    outputs = run(name, [0, 1], **METHODS[first], **METHODS[second])
+    outputs = run(name, [0, 1], **METHODS[first] | METHODS[second])
     check(name, outputs, [0, 1])
     for rank, counted in enumerate(counts(outputs)):
         for method in (first, second):

@@ -25,6 +25,7 @@ from denoised import hf
 from denoised.errors import ModelError, one_line
 from denoised.steps.tally import count
 
+CACHE_LINE = 64  # bytes
 _aten = torch.ops.aten
 # What makes a tensor of the elements of others, with no arithmetic: it may be done later, and on the file's dtype.
 _MOVES = frozenset(
@@ -99,12 +100,12 @@ class Unread(Tensor):
         self._filled = None
 
     def read(self) -> Tensor:
-        """The elements, in memory that is aligned and all this tensor's own."""
+        """The elements, in memory that is all this tensor's own."""
         found = self.stored()
         count("weight_bytes_read", found.nbytes * self.reads)
         for dtype in self.dtypes:
             found = found.to(dtype)
-        return torch.empty_like(self.likeness, device=self.device).copy_(found)
+        return _copied(found, self.likeness, self.device)
 
     def filled(self, *, parameter: bool) -> Tensor:
         """What was read, the same for all who share this tensor."""
@@ -131,6 +132,17 @@ class Unread(Tensor):
             return _converted(args[0], **kwargs)
         _check_kept(func, args)
         return func(*_pytree.tree_map_only(Unread, Unread.read, args), **kwargs)
+
+
+def _copied(found: Tensor, likeness: Tensor, device: torch.device) -> Tensor:
+    """A copy at `found`'s place within a cache line: CPU kernels round by it, and a pipeline that is loaded plainly
+    computes on the mapped files themselves."""
+    if device.type != "cpu":
+        return torch.empty_like(likeness, device=device).copy_(found)
+    size = found.element_size()
+    room = torch.empty(found.numel() + CACHE_LINE // size, dtype=found.dtype)
+    start = (found.data_ptr() - room.data_ptr()) % CACHE_LINE // size
+    return room.as_strided(likeness.shape, likeness.stride(), start).copy_(found)
 
 
 def _moved(func: Any, first: Unread, args: Any, kwargs: dict[str, Any]) -> Any:
