@@ -91,9 +91,7 @@ def check_equal(got: State, expected: State, name: str) -> None:
         if value.device.type != "meta":
             assert torch.equal(local(got[key]), local(value)), (name, key)
             # Kernels round by where a weight lies in a cache line: ours lies where that of a plain load does.
-            assert local(value).data_ptr() % 64 in (0, local(got[key]).data_ptr() % 64), (
-                f"{name}: {key}"
-            )
+            assert local(value).data_ptr() % 64 in (0, local(got[key]).data_ptr() % 64), f"{name}: {key}"
 
 
 def resident(values: State) -> int:
