@@ -11,6 +11,12 @@ import pytest
 
 from tests.contract.support import MODELS, ORDER
 
+# The columns of the table, in this order, before any that are not named here.
+COLUMNS = (
+    *("alone", "interleaved", "joined", "cancel", "cfg2", "cfg3", "both ranks busy"),
+    *("ulysses", "ring", "tensor", "pipeline", "hsdp"),
+)
+
 _results: dict[str, dict[str, str]] = {}
 
 
@@ -29,5 +35,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--support")
     if path and _results:
-        table = {MODELS[name]: _results[name] for name in ORDER if name in _results}
+        table = {MODELS[name]: _in_order(_results[name]) for name in ORDER if name in _results}
         Path(path).write_text(json.dumps(table, indent=1) + "\n")
+
+
+def _in_order(cells: dict[str, str]) -> dict[str, str]:
+    return {name: cells[name] for name in (*COLUMNS, *cells) if name in cells}

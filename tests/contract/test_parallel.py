@@ -172,6 +172,11 @@ def test_text_encoders_on_two_ranks() -> None:
     assert all(counted["all_reduce"] > 0 for counted in counts(outputs))
 
 
+def test_no_text_encoder_to_share_is_refused() -> None:
+    with pytest.raises(InvalidConfigError, match="text_encoder_tp_size=2: .* has no text encoder"):
+        run("cosmos3_image", [0], cfg_parallel_size=2, text_encoder_tp_size=2)
+
+
 def test_vae_tiles_on_two_ranks() -> None:
     """Decoded pictures are those of the same VAE's own tiles; each rank decoded some of them."""
     settings: dict[str, Any] = {"num_threads": 1, "deterministic": True}

@@ -83,12 +83,18 @@ def _denoiser(
 
 def _others(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh) -> None:
     """Text encoders and VAE."""
+    encoders = dict(text_encoders(pipe))
     if parallel.text_encoder_tp_size > 1:
+        if not encoders:
+            raise InvalidConfigError(
+                f"text_encoder_tp_size={parallel.text_encoder_tp_size}: {spec.pipeline} has no text encoder; leave it "
+                "at 1."
+            )
         group = mesh.neighbours(parallel.text_encoder_tp_size)
-        for name, encoder in text_encoders(pipe, spec):
+        for name, encoder in encoders.items():
             tensor.apply_encoder(encoder, group, name=name)
     if parallel.use_hsdp:
-        for _, encoder in text_encoders(pipe, spec):
+        for encoder in encoders.values():
             hsdp.apply(encoder, None, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size), weights.fill)
     for part in modules(pipe):
         weights.fill(part)
@@ -110,7 +116,7 @@ def modules(pipe: Any) -> Iterator[nn.Module]:
     return (part for part in hf.components(pipe).values() if isinstance(part, nn.Module))
 
 
-def text_encoders(pipe: Any, spec: ModelSpec) -> Iterator[tuple[str, nn.Module]]:
+def text_encoders(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of each text encoder, once."""
     seen: set[int] = set()
     for name, part in hf.components(pipe).items():
