@@ -61,7 +61,8 @@ def test_help_says_what_is_not_there_yet() -> None:
     shown = denoised("generate", "--help").stdout
     before, after = shown.split(flags.ABSENT_PANEL)
     assert "--cfg-parallel-size" in before
-    assert "--tensor-parallel-size" in after
+    assert "--tensor-parallel-size" in before
+    assert "--quantization" in after
 
 
 def test_every_field_is_a_flag_once() -> None:
