@@ -119,6 +119,22 @@ def test_fault_on_one_rank_of_a_forward_that_ranks_share(degrees: dict[str, Any]
         assert omni.restarts > 0
 
 
+def test_fault_in_a_forward_that_ranks_and_requests_share() -> None:
+    """Two requests in one forward, one rank fails in it: it must not try again while the other waits in the first."""
+    with Omni(
+        folder("qwen_image"),
+        parallel_config=DiffusionParallelConfig(tensor_parallel_size=2),
+        num_threads=1,
+        plugins=("tests.contract.rank_setup", "tests.contract.faults"),
+    ) as omni:
+        prompt, params = as_omni(request_of("qwen_image", 2), seed_of(2), "latent")
+        faulty = OmniDiffusionSamplingParams(height=16, width=16, num_inference_steps=2, true_cfg_scale=4.0)
+        *bad, good = omni.generate([prompt] * 3, [faulty, faulty, params], use_tqdm=False)
+        assert all("planted fault" in (output.error or "") for output in bad)
+        assert difference(reference("qwen_image", 2, "latent"), media(good)) <= REORDERED
+        assert omni.restarts > 0
+
+
 def test_bad_request_fails_alone() -> None:
     with engine("qwen_image") as omni:
         prompt, params = as_omni(request_of("qwen_image", 0), seed_of(0), "latent")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from denoised.errors import one_line
+from denoised.errors import EngineError, one_line
 from denoised.steps import rows
 from denoised.steps.dealing import Placement, group
 from denoised.steps.forward import Call
@@ -69,6 +69,8 @@ class Guidance:
         max_rows: rows of one joined forward at most.
         lockstep: ranks of the cfg axis share weights that are gathered inside a forward, so that all must run the same
             number of forwards of each denoiser. A rank with less to do runs another's rows and drops the result.
+        entangled: a forward holds collectives. One that requests share is then not tried again row by row when it
+            fails: the engine starts anew and runs them apart.
         stages: denoisers that are cut into pipeline stages, by name.
     """
 
@@ -81,10 +83,11 @@ class Guidance:
         join: bool,
         max_rows: int,
         lockstep: bool = False,
+        entangled: bool = False,
         stages: Mapping[str, Stages] | None = None,
     ) -> None:
         self._rules, self._join, self._max_rows, self._rank = rules, join, max_rows, rank
-        self._lockstep, self._stages = lockstep, dict(stages or {})
+        self._lockstep, self._entangled, self._stages = lockstep, entangled, dict(stages or {})
         self.placement = Placement(num_ranks=num_ranks)
         self.work: dict[str, Work] = {}
         self._verdicts: dict[Any, bool] = {}
@@ -156,7 +159,9 @@ class Guidance:
             with counted() as counts:
                 outputs = rows.run(pieces, self._rules(pieces[0].call))
         except Exception as error:
-            if len(pieces) > 1 and not self._lockstep:  # find out whose fault it is: the others must not suffer
+            if len(pieces) > 1 and self._entangled:  # trying again would meet others in the forward that failed
+                raise EngineError(f"a forward that ranks and requests share failed: {one_line(error)}") from error
+            if len(pieces) > 1:  # find out whose fault it is: the others must not suffer
                 for piece in pieces:
                     self._run_group([piece], outcome)
                 return
@@ -175,6 +180,8 @@ class Guidance:
         idle = stages.bubble() * seconds
         for (pieces, is_mine), result in zip(part, results, strict=True):
             if is_mine and isinstance(result, Exception):
+                if len(pieces) > 1:
+                    raise EngineError(f"a forward that requests share failed: {one_line(result)}") from result
                 outcome.errors |= {piece.key: one_line(result) for piece in pieces}
             elif is_mine:
                 outcome.outputs.update(zip((piece.key for piece in pieces), result, strict=True))

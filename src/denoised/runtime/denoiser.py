@@ -55,6 +55,7 @@ def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None) -
         join=not config.deterministic,
         max_rows=MAX_JOINED_ROWS,
         lockstep=config.parallel_config.use_hsdp,
+        entangled=config.parallel_config.is_entangled,
         stages=stages,
     )
     trap(pipe, spec)
