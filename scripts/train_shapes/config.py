@@ -48,11 +48,11 @@ class DenoiserTraining:
     num_layers: int = 5
     num_heads: int = 4
     head_dim: int = 64
-    steps: int = 6_000
+    steps: int = 8_600
     batch_size: int = 128
     learning_rate: float = 1e-3
     warmup_steps: int = 150
-    level_until: float = 0.72  # share of the steps before the learning rate goes down
+    level_until: float = 0.81  # share of the steps before the learning rate goes down
     weight_decay: float = 0.01
     ema_decay: float = 0.999
     log_every: int = 10

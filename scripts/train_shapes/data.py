@@ -13,11 +13,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from .captions import sample_caption
 from .config import Config
 from .render import render
-from .scenes import scene_at
+from .scenes import Scene, scene_at
 from .single_frame import single_frame
 from .text_encoder import PrefixedEncoder, tokenize
 from .tokenizer import load_tokenizer
 
+LATENT_SIDE = 16  # latents a side of a picture
+OBJECT_WEIGHT = {"small": 6.0, "large": 3.0}  # of the loss at a latent near an object, beyond the 1 of any latent
 LENGTHS = (20, 28, 40)  # texts are padded to one of these, so that few shapes are compiled
 MAX_LENGTH = LENGTHS[-1]
 
@@ -27,6 +29,20 @@ def pack(latents: Tensor) -> Tensor:
     batch, channels, _, height, width = latents.shape
     patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, height * width // 4, channels * 4)
+
+
+def loss_weights(scene: Scene) -> Tensor:
+    """What each latent counts in the loss, packed, `[y x, channel 2 2]`, mean 1: objects more than the background.
+
+    The best prediction of a latent is the same under any weight; this only says where a small model spends itself.
+    """
+    weights = torch.ones(LATENT_SIDE, LATENT_SIDE)
+    centres = (torch.arange(LATENT_SIDE) + 0.5) / LATENT_SIDE
+    for item in scene.items:
+        reach = item.radius + 0.5 / LATENT_SIDE
+        near_y, near_x = ((centres - middle).abs() < reach for middle in (item.y, item.x))
+        weights += OBJECT_WEIGHT[item.size] * (near_y[:, None] & near_x)
+    return pack((weights / weights.mean())[None, None, None])[0]
 
 
 def shards(config: Config) -> range:
@@ -95,6 +111,7 @@ class Example:
     latents: Tensor  # [batch, image token, 64]
     text: Tensor  # [batch, text token, hidden], padded with zeros
     mask: Tensor  # [batch, text token]
+    weights: Tensor  # [batch, image token, 64], mean 1 over the tokens
 
 
 class Dataset:
@@ -103,6 +120,8 @@ class Dataset:
     def __init__(self, config: Config) -> None:
         self.captions_per_scene = config.data.captions_per_scene
         self.latents = torch.cat([torch.load(config.out / f"latents_{start}.pt") for start in shards(config)])
+        scenes = range(len(self.latents))
+        self.weights = torch.stack([loss_weights(scene_at(config.seed, index)) for index in scenes])
         loaded = [torch.load(config.out / f"captions_{start}.pt") for start in shards(config)]
         self.states = torch.cat([shard.pop("states") for shard in loaded])
         self.lengths = torch.cat([shard["lengths"] for shard in loaded])
@@ -128,8 +147,11 @@ class Dataset:
         positions = torch.arange(LENGTHS[int(self.bucket[captions[0]])])
         mask = positions < lengths[:, None]
         index = (self.offsets[captions][:, None] + positions) * mask
+        scenes = captions // self.captions_per_scene
+        latents = self.latents[scenes]
         return Example(
-            latents=self.latents[captions // self.captions_per_scene],
+            latents=latents,
             text=self.states[index] * mask[:, :, None],
             mask=mask,
+            weights=self.weights[scenes].tile(latents.shape[-1] // 4),
         )

@@ -95,7 +95,7 @@ def loss_of(model: QwenImageTransformer2DModel, example: Example) -> Tensor:
         img_shapes=[IMAGE_SHAPE] * len(clean),
         return_dict=False,
     )[0]
-    return nn.functional.mse_loss(velocity.float(), noise - clean)
+    return (example.weights * (velocity.float() - noise + clean).square()).mean()
 
 
 def make_compilable(model: QwenImageTransformer2DModel) -> None:

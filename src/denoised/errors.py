@@ -30,6 +30,18 @@ class RequestAbortedError(DenoisedError):
     """The request was cancelled before it finished."""
 
 
+class QueueFullError(DenoisedError):
+    """Too much is waiting already. `retry_after` is a guess, in seconds, of when it is worth asking again."""
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RequestTimeoutError(DenoisedError):
+    """The request was not done by its deadline; its work was stopped."""
+
+
 def one_line(error: BaseException, limit: int = 400) -> str:
     """`error` as one line of at most `limit` characters, with its type where the message alone says too little."""
     text = " ".join(str(error).split()) or type(error).__name__

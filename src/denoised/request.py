@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, TypedDict, cast
+from typing import Any, ClassVar, Literal, TypedDict, cast
 
 from denoised.checks import bounded, check_fields, unknown_names
 from denoised.errors import InvalidRequestError
@@ -166,14 +166,33 @@ def _same(value: Any, unset: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Service:
+    """How a request is served. Nothing of it changes the result.
+
+    priority: the higher goes first. tenant, weight: who shares fairly with whom, and in what proportion.
+    timeout: seconds from its submission after which it fails. num_previews: pictures of what the model makes of it on
+    the way. checkpoint_every: after so many steps its state is given out, to go on from (`Request.resume`); 0: never.
+    """
+
+    priority: int = 0
+    tenant: str = ""
+    weight: float = 1.0
+    timeout: float | None = None
+    num_previews: int = 0
+    checkpoint_every: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt with its parameters, as it travels to the ranks. `crashes` counts rank failures it lived through."""
+    """One prompt with its parameters, as it travels to the ranks. `resume` is a checkpoint of the same request."""
 
     request_id: str
     prompt: PromptDict
     params: OmniDiffusionSamplingParams
     seed: int
     generator_state: Any = None
+    service: Service = Service()
+    resume: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,12 +253,16 @@ class Receipt:
         return asdict(self)
 
 
+ErrorKind = Literal["invalid_request", "aborted", "timeout", "queue_full", "out_of_memory", "engine"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OmniRequestOutput:
     """The result of one request. `error` is set, and the media are empty, if it failed.
 
     `images` are PIL images (or arrays, as `output_type` says); `videos` lists of frames; `audios` arrays
-    [channels, samples]; `latents` the final latents if `output_type="latent"`.
+    [channels, samples]; `latents` the final latents if `output_type="latent"`. `error_kind` says whose fault an error
+    was, for programs.
     """
 
     request_id: str
@@ -255,16 +278,38 @@ class OmniRequestOutput:
     peak_memory_mb: float = 0.0
     receipt: Receipt | None = None
     error: str | None = None
+    error_kind: ErrorKind | None = None
     finished: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Steps done so far of one request."""
+    """Steps done so far of one request. `position`: requests before it, 0 if it runs. `eta_seconds`: until its end."""
 
     request_id: str
     step: int
     total_steps: int
+    position: int = 0
+    eta_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What the model makes of a request so far: `images` as PIL images (of a video: frames). `index` counts from 0."""
+
+    request_id: str
+    index: int
+    step: int
+    images: list[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint after `step` steps of a request, as `Request.resume` takes it."""
+
+    request_id: str
+    step: int
+    checkpoint: Any
 
 
 def as_prompt(prompt: Any) -> PromptDict:
