@@ -1,18 +1,27 @@
-"""Every parallel method: two ranks of one thread against one, transformers of about 100M random weights.
+"""Every parallel method: two ranks of one thread against one, on transformers of 12 blocks and about 115M weights.
 
-    python -m benchmarks.scaling [--steps 4] [--rounds 3] [--size 512] [--only ulysses tensor]
+    python -m benchmarks.scaling [--steps 4] [--rounds 3] [--size 512] [--only tensor] [--model image video vae]
 
 Per step: time between the ends of two steps, as a ratio of interleaved runs; an ideal method gives 2. Guidance is on:
-two rows a step, which is what lets the stages of a pipeline overlap.
+two rows a step, which is what lets the stages of a pipeline overlap. Where ranks wait for stages, the share of their
+time is given too: unlike seconds, it does not depend on who else uses the machine, as long as both ranks suffer alike.
+
+Memory: MB that a rank holds at the end, with what it freed, over what its process held before it loaded anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
+import re
 import statistics
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
+from tests.ranks import run_on_ranks
 
 from benchmarks.common import Steps, interleaved, num_parameters, qwen_image, ratio, saved, show
 from denoised import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams
@@ -25,34 +34,35 @@ METHODS: dict[str, dict[str, Any]] = {
     "pipeline": {"pipeline_parallel_size": 2},
     "hsdp over cfg": {"cfg_parallel_size": 2, "use_hsdp": True},
 }
+DIVIDES_WEIGHTS = ("tensor", "pipeline", "hsdp over cfg")
+LAYERS = 12
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--size", type=int, default=512, help="of the picture; frames of the video have half of it")
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--model", nargs="+", choices=["image", "video", "vae"], default=["image", "video", "vae"])
     args = parser.parse_args()
-    pipeline = qwen_image(layers=6, heads=12, dtype=torch.bfloat16)
-    results: dict[str, Any] = {"parameters": num_parameters(pipeline.transformer), "size": args.size}
-    folder = saved(pipeline)
-    del pipeline
-    params = OmniDiffusionSamplingParams(
-        height=args.size,
-        width=args.size,
-        num_inference_steps=args.steps,
-        true_cfg_scale=4.0,
-        seed=0,
-        output_type="latent",
-    )
-    for method in args.only:
-        results |= compare(folder, method, params, args.rounds)
+    imported = _resident(os.getpid(), "RssAnon", "RssFile")
+    results: dict[str, Any] = {"size": args.size}
+    for model in (name for name in args.model if name != "vae"):
+        folder, results[f"{model}: parameters"] = _elsewhere(model)
+        params = _params(model, args.size, args.steps)
+        for method in args.only:
+            found = compare(folder, method, params, args.rounds, imported)
+            results |= {f"{model}, {method}: {name}": value for name, value in found.items()}
+    if "vae" in args.model:
+        results |= decode(args.size, args.rounds)
     show("scaling", results)
 
 
-def compare(folder: str, method: str, params: OmniDiffusionSamplingParams, rounds: int) -> dict[str, Any]:
-    """One method against one rank, in turn."""
+def compare(
+    folder: str, method: str, params: OmniDiffusionSamplingParams, rounds: int, imported: float
+) -> dict[str, Any]:
+    """One method against one rank, in turn. imported: MB of this process before it loaded anything."""
     steps: dict[str, list[float]] = {"one": [], "two": []}
     outputs = {}
     with _omni(folder, {}) as one, _omni(folder, METHODS[method]) as two:
@@ -67,16 +77,134 @@ def compare(folder: str, method: str, params: OmniDiffusionSamplingParams, round
             timed(name)
             steps[name].clear()
         interleaved({name: lambda name=name: timed(name) for name in runs}, rounds)  # type: ignore[misc]
+        held = _held(two._client.rank_pids)
+        held_alone = _resident(os.getpid(), "RssAnon", "RssFile") - imported
     one_latents, two_latents = outputs["one"].latents, outputs["two"].latents
-    return {
-        f"{method}: seconds per step, one rank": statistics.median(steps["one"]),
-        f"{method}: speed-up per step": ratio(steps["one"], steps["two"]),
-        f"{method}: largest difference": float((one_latents - two_latents).abs().max() / one_latents.abs().max()),
+    found: dict[str, Any] = {
+        "seconds per step, one rank": statistics.median(steps["one"]),
+        "speed-up per step": ratio(steps["one"], steps["two"]),
+        "largest difference": float((one_latents - two_latents).abs().max() / one_latents.abs().max()),
     }
+    idle = [work.idle_seconds / work.seconds for work in outputs["two"].receipt.ranks]
+    if any(idle):
+        found["share of time that ranks waited for stages"] = ", ".join(f"{share:.3f}" for share in idle)
+    if method in DIVIDES_WEIGHTS:
+        found["MB, one rank"] = held_alone
+        found["MB, each of two ranks"] = ", ".join(f"{size:.0f}" for size in held)
+    return found
 
 
 def _omni(folder: str, degrees: dict[str, Any]) -> Omni:
     return Omni(folder, parallel_config=DiffusionParallelConfig(**degrees), dtype="bfloat16", num_threads=1)
+
+
+def _params(model: str, size: int, steps: int) -> OmniDiffusionSamplingParams:
+    shared: dict[str, Any] = {"num_inference_steps": steps, "seed": 0, "output_type": "latent"}
+    if model == "video":
+        half = size // 2
+        return OmniDiffusionSamplingParams(height=half, width=half, num_frames=17, guidance_scale=4.0, **shared)
+    return OmniDiffusionSamplingParams(height=size, width=size, true_cfg_scale=4.0, **shared)
+
+
+def _elsewhere(model: str) -> tuple[str, int]:
+    """The model's folder and size, made in another process, so that this one's memory does not tell of it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_made, (model,))
+
+
+def _made(model: str) -> tuple[str, int]:
+    image = model == "image"
+    pipeline = qwen_image(layers=LAYERS, heads=8, dtype=torch.bfloat16) if image else _wan()
+    return saved(pipeline), num_parameters(pipeline.transformer)
+
+
+def _wan() -> Any:
+    """A Wan pipeline for videos of 4 x 8 x 8 pixels a latent."""
+    from diffusers import WanPipeline, WanTransformer3DModel
+    from tests.tiny import encoders, wan
+
+    torch.manual_seed(0)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=12,
+        attention_head_dim=64,
+        in_channels=wan.CHANNELS,
+        out_channels=wan.CHANNELS,
+        text_dim=encoders.WIDTH,
+        ffn_dim=3072,
+        num_layers=LAYERS,
+        rope_max_seq_len=64,
+    ).eval()
+    return WanPipeline(**wan.components(), transformer=transformer).to(torch.bfloat16)
+
+
+# Memory of processes
+
+
+def _held(pids: list[int]) -> list[float]:
+    """Of ranks, over the process that they were forked from with everything imported; they copy weights from files."""
+    return [_resident(pid, "RssAnon") - _resident(int(_status("PPid", pid)), "RssAnon") for pid in pids]
+
+
+def _resident(pid: int, *kinds: str) -> float:
+    """MB of a process: RssAnon is its own, RssFile what it has mapped from files, as one rank alone maps weights."""
+    return sum(_status(kind, pid) for kind in kinds) / 1024
+
+
+def _status(field: str, pid: int) -> float:
+    found = re.search(rf"^{field}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None, f"no {field} in the status of process {pid}"
+    return float(found[1])
+
+
+# Tiles of a VAE
+
+
+def decode(size: int, rounds: int) -> dict[str, Any]:
+    """The same tiles on one rank and on two."""
+    seconds: dict[str, list[float]] = {"one": [], "two": []}
+    for _ in range(rounds):
+        one, two = (run_on_ranks(decoded, ranks, size, timeout=300) for ranks in (1, 2))
+        seconds["one"].append(one[0][0])
+        seconds["two"].append(max(found[0] for found in two))
+    return {
+        "vae: seconds of a decode, one rank": statistics.median(seconds["one"]),
+        "vae: speed-up": ratio(seconds["one"], seconds["two"]),
+        "vae: largest difference": float((one[0][1] - two[1][1]).abs().max() / one[0][1].abs().max()),
+    }
+
+
+def decoded(rank: int, num_ranks: int, size: int) -> tuple[float, torch.Tensor]:
+    """Seconds, and the picture: tiles of a quarter of its area and more, which overlap."""
+    import torch.distributed as dist
+
+    from denoised.features import vae_patch
+
+    vae = _vae()
+    vae.enable_tiling()
+    assert dist.group.WORLD is not None
+    if num_ranks > 1:
+        vae_patch.apply(vae, dist.group.WORLD)
+    latents = torch.randn(1, 4, size // 8, size * 2 // 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        dist.barrier()
+        started = time.perf_counter()
+        picture = vae.decode(latents).sample
+    return time.perf_counter() - started, picture
+
+
+def _vae() -> Any:
+    """Of the usual four levels, with a quarter of the usual channels."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 128, 128),
+        latent_channels=4,
+        layers_per_block=2,
+        sample_size=256,
+    ).eval()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from denoised.runtime.plan import (
     problem,
     read,
 )
+from denoised.runtime.planning import prediction
+from denoised.runtime.planning.hardware import LINK_EFFICIENCY
 from tests.cli import denoised
 from tests.plan_models import written
 
@@ -68,17 +70,22 @@ def test_tokens_and_rows_of_real_sizes() -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 6, 8, 16])
 def test_admissible_layouts_are_all_products_that_divide(num_ranks: int) -> None:
-    model = big("QwenImagePipeline")  # 24 heads, 60 blocks, 2 rows
+    model = big("QwenImagePipeline")  # 24 heads, 60 blocks; the prompt is cut too, so lengths may be uneven
     found = list(admissible(model, num_ranks))
     sizes = range(1, num_ranks + 1)
     expected = {
-        (c, p, r, u, t)
-        for c, p, r, u, t in itertools.product((1, 2), sizes, sizes, sizes, sizes)
-        if c * p * r * u * t == num_ranks and 24 % (u * t) == 0
+        axes for axes in itertools.product(sizes, repeat=5) if math.prod(axes) == num_ranks and 24 % axes[-1] == 0
     }
     assert {(o.cfg, o.pipeline, o.ring, o.ulysses, o.tensor) for o in found} == expected
     assert len(set(found)) == len(found)
-    assert all(o.num_ranks == num_ranks and problem(o, model) is None for o in found)
+    assert all(o.num_ranks == num_ranks and o.uneven == (o.sequence > 1) and problem(o, model) is None for o in found)
+
+
+def test_lengths_that_always_divide_need_no_mode() -> None:
+    """Wan cuts the video alone: 21 x 45 x 80 tokens."""
+    layouts = {o.ulysses: o.uneven for o in admissible(big("WanPipeline"), 8) if o.ulysses == o.num_ranks}
+    layouts |= {o.ulysses: o.uneven for o in admissible(big("WanPipeline"), 32) if o.ulysses == o.num_ranks}
+    assert layouts == {8: False, 32: True}  # 40 heads
 
 
 def test_weights_of_a_rank_add_up() -> None:
@@ -114,9 +121,9 @@ def test_traffic_is_what_the_exchanges_move() -> None:
     assert sent(ring=4) == {"ring": pytest.approx(2 * values / 4 * 3 * 2 + latent / 4)}
     # The sums after attention and feed-forward, of both streams, each sent twice; two modulations of six widths.
     assert sent(tensor=4) == {"tensor": pytest.approx((2 * values * 2 + 60 * 2 * 6 * 3072) * 3 / 4 * 2)}
-    assert sent(pipeline=4) == {"pipeline": pytest.approx(values / 60 * 2 + latent)}
-    blocks = sum(block.params for block in model.denoisers[0].blocks) * 2
-    assert sent(ulysses=4, hsdp=True)["hsdp"] == pytest.approx(blocks * 3 / 4)
+    assert sent(pipeline=4) == {"pipeline": pytest.approx(8 * values / 60 * 2 + latent)}  # eight ranges a stage
+    weights = model.bytes_of("transformer")
+    assert sent(ulysses=4, hsdp=True)["hsdp"] == pytest.approx(weights * 3 / 4)
     assert predict(Layout(tensor=4), model, H100).traffic["tensor"].calls == 60 * (4 + 2)
     assert predict(Layout(ulysses=4), model, H100).traffic["ulysses"].calls == 60 * 2 + 1
 
@@ -132,8 +139,12 @@ def test_time_is_operations_over_speed_and_what_is_not_hidden() -> None:
         steps = [predict(Layout(**{axis: 4}), model, h).step for h in (free, H100, replace(H100, link=1e9))]
         assert steps[0] < steps[1] < steps[2]
     stages = predict(Layout(pipeline=4), model, free)
-    assert stages.bubble == 3 / 5  # two rows through four stages
-    assert stages.step == pytest.approx(one.step / 4 / (1 - 3 / 5), rel=0.01)
+    rounds = prediction.num_rounds(model.denoisers[0], Layout(pipeline=4))
+    # Two rows through four stages: one goes round as fast as it can, the other comes after it.
+    assert stages.bubble == pytest.approx(1 - 2 * rounds / (4 * rounds + 1))
+    assert stages.step == pytest.approx(one.step / 4 / (1 - stages.bubble), rel=0.01)
+    hsdp = predict(Layout(pipeline=4, ulysses=2, hsdp=True), model, free)
+    assert hsdp.bubble == pytest.approx(3 / 5)
 
 
 def test_ranks_that_share_a_processor_gain_nothing() -> None:
@@ -146,6 +157,9 @@ def test_ranks_that_share_a_processor_gain_nothing() -> None:
 def test_the_best_plan_fits_starts_and_is_the_fastest() -> None:
     found = plan(big("QwenImagePipeline"), H100, 8)
     best = found.best.prediction
+    idle_ones = [option.idle for option in found.options]
+    assert idle_ones == sorted(idle_ones)
+    assert {option.prediction.layout.cfg > 2 for option in found.options if option.idle} == {True}
     validate(EngineConfig(parallel_config=best.layout.config()))
     assert best.fits
     assert best.total <= min(option.prediction.total for option in found.options if option.good) * 1.03
@@ -164,20 +178,23 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
     assert larger.prediction.fits
     with pytest.raises(InvalidConfigError, match="up to 64 do not hold it either"):
         plan(replace(model, decode_bytes=1e15), HARDWARE["4090"], 1)
-    with pytest.raises(InvalidConfigError, match="has no layout of 7 ranks"):
-        plan(replace(model, denoisers=(replace(model.denoisers[0], heads=frozenset(), blocks=()),)), H100, 7)
+    limits = replace(model.denoisers[0].limits, tensor=(1,), num_blocks=0, sequence="it cannot be cut")
+    with pytest.raises(
+        InvalidConfigError, match="no layout that keeps 7 ranks busy with 2 rows in flight; use 1, 2 or"
+    ):
+        plan(replace(model, denoisers=(replace(model.denoisers[0], limits=limits),)), H100, 7)
 
 
 REFUSED = [
-    (Layout(tensor=5), "tensor_parallel_size=5 does not divide the 24 heads of QwenImageTransformer2DModel"),
-    (Layout(ulysses=16), "ulysses_degree=16 does not divide the 24 heads"),
-    (Layout(ulysses=4, tensor=4), "ulysses_degree=4 x 4 (tensor) does not divide the 24 heads"),
+    (Layout(tensor=5), "tensor_parallel_size=5 does not divide QwenImageTransformer2DModel; use one of 1, 2, 3, 4"),
+    (Layout(ulysses=16), "ulysses_degree=16 does not divide the heads"),
+    (Layout(ulysses=4, tensor=4), "use one of 1, 2, 3, 6, or ulysses_mode=advanced_uaa"),
     (Layout(pipeline=61), "pipeline_parallel_size=61 is more than the 60 blocks"),
-    (Layout(cfg=3), "cfg_parallel_size=3 is more than the 2 rows in flight"),
-    (Layout(tensor=2, hsdp=True), "use_hsdp=True: every rank would keep all"),
-    (Layout(ulysses=4, hsdp=True, text_encoder_tp=4), "text_encoder_tp_size=4: use_hsdp=True shards"),
-    (Layout(ulysses=8, text_encoder_tp=8), "text_encoder_tp_size=8 does not divide the 4 heads of text_encoder"),
-    (Layout(ulysses=2, vae_patch=4), "vae_patch_parallel_size=4 does not divide the 2 ranks"),
+    (Layout(tensor=2, hsdp=True), "use_hsdp=True needs ranks that hold equal weights"),
+    (Layout(ulysses=4, hsdp=True, text_encoder_tp=4), "text_encoder_tp_size cannot go with use_hsdp=True"),
+    (Layout(ulysses=8, text_encoder_tp=8), "text_encoder_tp_size=8 does not divide text_encoder"),
+    (Layout(ulysses=2, vae_patch=4), "vae_patch_parallel_size must divide the ranks"),
+    (Layout(tensor=2, experts=True), "has no mixture-of-experts blocks"),
 ]
 
 
@@ -199,6 +216,9 @@ def test_command_line(tmp_path: Path) -> None:
     assert "4096 image and 512 text tokens" in shown.stdout
     assert "11.90 B" in shown.stdout
     assert [line[:1] for line in shown.stdout.splitlines()].count("*") == 1
+    own = denoised("plan", folder, "--efficiency", 0.8, "--bandwidth", 90, "--usp", 2, "--json", "--height", 256)
+    hardware = json.loads(own.stdout)["hardware"]
+    assert (hardware["efficiency"], hardware["link"]) == (0.8, pytest.approx(90e9 / LINK_EFFICIENCY))
     asked = denoised("plan", folder, "--usp", 4, "--use-hsdp", "--json", "--height", 1024, "--width", 1024)
     [layout] = json.loads(asked.stdout)["layouts"]
     assert layout["layout"]["ulysses"] == 4
@@ -212,8 +232,11 @@ def test_command_line_refuses_in_one_sentence(tmp_path: Path) -> None:
     for arguments, message in (
         (("--gpu", "4090", *small), "hold it with"),
         (("--gpu", "v100"), "must be one of h100"),
+        (("--gpu", "h100", "--measure"), "cannot go with --measure"),
+        (("--efficiency", 1.5, *small), "efficiency=1.5: must be above 0"),
+        (("--bandwidth", 0, *small), "bandwidth=0.0: must be above 0"),
         (("--gpus", 4, "--usp", 8), "gpus=4 is not data 1"),
-        (("--tensor-parallel-size", 5, *small), "does not divide the 24 heads"),
+        (("--tensor-parallel-size", 5, *small), "does not divide FluxTransformer2DModel"),
         (("--height", 1000, "--width", 1001), "needs a multiple of 16"),
         (("--num-frames", 9), "does not take it"),
         (("--data-parallel-size", 2), "replicas share nothing"),
@@ -221,6 +244,6 @@ def test_command_line_refuses_in_one_sentence(tmp_path: Path) -> None:
         result = denoised("plan", folder, *arguments)
         assert (result.exit_code, result.stdout) == (2, ""), arguments
         assert message in result.stderr
-        assert result.stderr.count("\n") == 1
+        assert result.stderr.count("\n") == 1, result.stderr
     shutil.rmtree(folder / "transformer")
     assert "lacks transformer/config.json" in denoised("plan", folder).stderr

@@ -52,7 +52,7 @@ def _denoiser(name: str, model: ModelFacts, real: Counted, root: Path) -> Denois
     pipeline = skeleton(str(root / "bare" / name))
     spec = resolve(pipeline)
     tokens = replace(model.tokens, image=real.image, text=real.text)
-    return work.denoiser("transformer", getattr(pipeline, spec.denoisers[0]), tokens, spec.stacks)
+    return work.denoiser("transformer", getattr(pipeline, spec.denoisers[0]), tokens, spec)
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from denoised import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams, OmniRequestOutput
 from denoised.config import EngineConfig
-from denoised.errors import InvalidConfigError
 from denoised.request import Progress, Request
 from denoised.runtime import launch
 from denoised.runtime.cost import USUAL_STEPS, Cost, predict
@@ -255,13 +254,6 @@ def test_two_replicas_of_two_ranks() -> None:
         asked.until(lambda: "open" in asked.steps)
     assert "closed before" in asked.outputs["open"].error
     assert_gone(pids)
-
-
-def test_replicas_under_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(InvalidConfigError, match=r"data_parallel_size=2: .*; start a torchrun for each replica"):
-        replicas(2)
 
 
 # ---- pure Python: places, costs, dealing

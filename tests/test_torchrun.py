@@ -1,4 +1,4 @@
-"""Under torchrun the engine takes the ranks it is given; every rank's program gets the outputs."""
+"""Under torchrun the engine takes the ranks it is given; every rank's program gets the outputs, of all replicas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contract.support import REORDERED, difference, folder, reference
+from tests.contract.support import REORDERED, difference, folder, plain, reference, request_of, seed_of
 
 SCRIPT = """
 import json, os, sys, torch
@@ -28,11 +28,51 @@ with Omni(sys.argv[1], parallel_config=parallel, num_threads=1) as omni:
 """
 
 
-def torchrun(tmp_path: Path, **degrees: int) -> subprocess.CompletedProcess[str]:
+# A plugin: the second rank of the second replica fails, alone, for pictures of this height.
+BREAKS = """
+import functools, os
+from diffusers import QwenImagePipeline
+
+original = QwenImagePipeline.prepare_latents
+
+@functools.wraps(original)
+def prepare_latents(self, *args, **kwargs):
+    if os.environ["RANK"] == "3" and args[2] == 80:
+        raise RuntimeError("planted fault")
+    return original(self, *args, **kwargs)
+
+QwenImagePipeline.prepare_latents = prepare_latents
+"""
+
+REPLICAS = """
+import json, os, sys, torch
+from denoised import DiffusionParallelConfig, Omni
+from tests.contract.support import as_omni, request_of, seed_of, media
+
+def ask(*requests):
+    prompts, params = zip(*[as_omni(request, seed_of(0), "latent") for request in requests])
+    outputs = omni.generate(prompts, params, use_tqdm=False)
+    return [(media(output), output.receipt.replica, output.receipt.restarts) for output in outputs]
+
+parallel = DiffusionParallelConfig(**json.loads(sys.argv[3]))
+usual, breaks = request_of("qwen_image", 0), request_of("qwen_image", 0) | {"height": 80}
+with Omni(sys.argv[1], parallel_config=parallel, num_threads=1, deterministic=True, plugins=("breaks",)) as omni:
+    omni.start_profile()
+    dealt = ask(usual, usual, usual, usual)
+    traces = omni.stop_profile(sys.argv[2] + "-traces")
+    again = ask(breaks, breaks)
+    torch.save((dealt, traces, again, ask(usual)), sys.argv[2] + os.environ["RANK"])
+"""
+
+
+def torchrun(
+    tmp_path: Path, script_text: str = SCRIPT, num_ranks: int = 2, **degrees: int
+) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    script.write_text(script_text)
+    number = str(num_ranks)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number, str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     arguments = [folder("qwen_image"), str(tmp_path / "out"), json.dumps(degrees)]
     return subprocess.run(
         command + arguments, env=environment, capture_output=True, text=True, timeout=200, check=False
@@ -47,6 +87,25 @@ def test_both_ranks_get_the_output(tmp_path: Path, axis: str, forwards_each: int
         got, forwards = torch.load(tmp_path / f"out{rank}")
         assert difference(reference("qwen_image", 0, "latent"), got) <= (0 if axis.startswith("cfg") else REORDERED)
         assert forwards == [forwards_each] * 2
+
+
+def test_replicas_share_the_ranks_and_every_program_gets_all_outputs(tmp_path: Path) -> None:
+    (tmp_path / "breaks.py").write_text(BREAKS)
+    result = torchrun(tmp_path, REPLICAS, 4, data_parallel_size=2, cfg_parallel_size=2)
+    assert result.returncode == 0, result.stderr[-4000:]
+    usual = reference("qwen_image", 0, "latent")
+    tall = plain("qwen_image", request_of("qwen_image", 0) | {"height": 80}, seed_of(0), "latent")
+    for rank in range(4):
+        dealt, traces, again, last = torch.load(tmp_path / f"out{rank}")
+        assert [difference(usual, got) for got, *_ in dealt] == [0] * 4
+        assert sorted(replica for _, replica, _ in dealt) == [0, 0, 1, 1]
+        assert len({Path(trace) for trace in traces if Path(trace).exists()}) == 4
+        # The second replica is lost; what it had is run by the first, which goes on.
+        assert [difference(tall, got) for got, *_ in again] == [0, 0]
+        assert sorted((replica, restarts) for _, replica, restarts in again) == [(0, 0), (0, 1)]
+        assert difference(usual, last[0][0]) == 0
+        assert last[0][1:] == (0, 0)
+    assert "replica 1 cannot run any more" in result.stderr
 
 
 def test_wrong_number_of_ranks_is_refused_with_the_formula(tmp_path: Path) -> None:

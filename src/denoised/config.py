@@ -5,13 +5,19 @@ Nothing here imports torch: the command line and the server read these before a 
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from denoised.checks import bounded, check_fields
 from denoised.errors import InvalidConfigError, InvalidRequestError
 from denoised.request import OmniDiffusionSamplingParams
+
+# More than any machine has: a product of degrees beyond it is a slip, and nobody should start so many processes.
+MAX_RANKS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +101,11 @@ class EngineConfig:
 
     model: Any = bounded("shapes", help="hub id, folder in diffusers layout, built-in name, or a DiffusionPipeline")
     parallel_config: DiffusionParallelConfig = bounded(DiffusionParallelConfig())
+    distributed_executor_backend: str = bounded(
+        "mp",
+        choices=("mp", "ray"),
+        help="who starts ranks: this machine (mp), or a Ray cluster of any nodes",
+    )
     dtype: str | None = bounded(
         None, choices=("float32", "bfloat16", "float16"), help="default: bfloat16 on GPU, float32 on CPU"
     )
@@ -104,6 +115,14 @@ class EngineConfig:
     deterministic: bool = bounded(False, help="never join rows of different requests: bytes do not depend on load")
     plugins: tuple[str, ...] = bounded((), help="modules that every rank imports first: own pipelines and components")
     max_num_seqs: int = bounded(8, minimum=1, help="requests in flight at once; the rest wait")
+    max_queue_len: int = bounded(256, minimum=1, help="requests that may wait; AsyncOmni refuses more")
+    max_queue_seconds: float | None = bounded(None, minimum=0, help="predicted work that may wait; default: any")
+    hang_timeout: float = bounded(
+        60.0, minimum=1, help="seconds of silence after which ranks are started anew (or 20 predicted ticks)"
+    )
+    memory_limit_mb: int | None = bounded(
+        None, minimum=1, help="memory of each rank for weights and requests; default: the device's, on CPU any"
+    )
     encoder_cache_mb: int = bounded(256, minimum=0, help="memory for encoded prompts and images; 0: off")
     max_pixels: int = bounded(4096 * 4096, minimum=1, help="largest height x width of a request")
     max_prompt_chars: int = bounded(20_000, minimum=1, help="longest prompt of a request")
@@ -180,6 +199,26 @@ def _hsdp_mismatch(config: EngineConfig) -> bool:
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        broken=lambda c: c.parallel_config.world_size > MAX_RANKS,
+        message=f"all degrees together give more than {MAX_RANKS} ranks; lower data_parallel_size, "
+        "pipeline_parallel_size, tensor_parallel_size, ulysses_degree or ring_degree.",
+    ),
+    Rule(
+        broken=lambda c: c.distributed_executor_backend == "ray" and importlib.util.find_spec("ray") is None,
+        message="distributed_executor_backend='ray' needs Ray, which is not installed; pip install 'denoised[ray]', "
+        "or leave it at 'mp'.",
+    ),
+    Rule(
+        broken=lambda c: c.distributed_executor_backend == "ray" and "TORCHELASTIC_RUN_ID" in os.environ,
+        message="distributed_executor_backend='ray' cannot go with torchrun, which starts the ranks itself; leave it "
+        "at 'mp', or run without torchrun.",
+    ),
+    Rule(
+        broken=lambda c: c.distributed_executor_backend == "ray" and not isinstance(c.model, str | Path),
+        message="distributed_executor_backend='ray' takes a model that every node can read, not a pipeline object; "
+        "save it into a folder and give that.",
+    ),
     Rule(
         broken=lambda c: (
             c.parallel_config.ulysses_mode != "strict"

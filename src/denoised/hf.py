@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -14,8 +15,20 @@ from typing import Any
 
 
 def components(pipeline: Any) -> dict[str, Any]:
-    """Name to component of a pipeline, without those that are not loaded."""
-    return {name: part for name, part in pipeline.components.items() if part is not None}
+    """Name to component of a pipeline, without those that are not loaded.
+
+    `pipeline.components` leaves out what a constructor has a default for, even if it is there.
+    """
+    others = {name: vars(pipeline).get(name) for name in pipeline.config if name not in pipeline.components}
+    found = {**pipeline.components, **{name: part for name, part in others.items() if _is_component(part)}}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def _is_component(part: Any) -> bool:
+    from diffusers import SchedulerMixin
+    from torch import nn
+
+    return isinstance(part, nn.Module | SchedulerMixin)
 
 
 def stateful_components(pipeline: Any) -> dict[str, Any]:
@@ -29,6 +42,37 @@ def _is_stateful(component: Any) -> bool:
     from torch import nn
 
     return not isinstance(component, nn.Module) and isinstance(component, SchedulerMixin | BaseGuidance)
+
+
+# What pipelines call to change how a module attends, for all who share it.
+_CHANGES = frozenset(
+    "set_attn_processor _set_pag_attn_processor register_attention_control enable_fuser _set_ar_attention".split()
+)
+
+
+def changes_modules(pipeline: Any) -> bool:
+    """Whether a pipeline's call changes modules that other requests use at the same time. Told from the names in it."""
+    call = inspect.unwrap(type(pipeline).__call__)
+    return not _CHANGES.isdisjoint(call.__code__.co_names)
+
+
+@contextlib.contextmanager
+def same_processors(pipeline: Any) -> Iterator[None]:
+    """However the block ends, modules attend as they did before it: a cancelled call does not tidy up."""
+    parts = [part for part in components(pipeline).values() if hasattr(part, "set_attn_processor")]
+    before = [dict(part.attn_processors) for part in parts]
+    try:
+        yield
+    finally:
+        for part, processors in zip(parts, before, strict=True):
+            part.set_attn_processor(processors)
+
+
+def inner_pipelines(pipeline: Any) -> dict[str, Any]:
+    """Pipelines that a pipeline is made of and calls in turn, by attribute."""
+    from diffusers import DiffusionPipeline
+
+    return {name: value for name, value in vars(pipeline).items() if isinstance(value, DiffusionPipeline)}
 
 
 def execution_device(pipeline: Any) -> Any:
@@ -96,6 +140,13 @@ def route_warnings(take: Callable[[str], bool]) -> None:
         for handler in logging.getLogger(name).handlers:
             if not any(isinstance(f, _Taken) for f in handler.filters):
                 handler.addFilter(_Taken(take))
+
+
+def output_class(name: str) -> type | None:
+    """The output class of diffusers with this full name, if it is imported by now."""
+    from diffusers.utils import BaseOutput
+
+    return next((c for c in subclasses(BaseOutput) if f"{c.__module__}.{c.__qualname__}" == name), None)
 
 
 def subclasses(cls: type) -> list[type]:

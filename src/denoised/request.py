@@ -174,12 +174,15 @@ class Service:
     the way. checkpoint_every: after so many steps its state is given out, to go on from (`Request.resume`); 0: never.
     """
 
-    priority: int = 0
-    tenant: str = ""
-    weight: float = 1.0
-    timeout: float | None = None
-    num_previews: int = 0
-    checkpoint_every: int = 0
+    priority: int = bounded(0, minimum=-1000, maximum=1000)
+    tenant: str = bounded("")
+    weight: float = bounded(1.0, minimum=1e-3, maximum=1e3)
+    timeout: float | None = bounded(None, minimum=1e-3, maximum=1e7)
+    num_previews: int = bounded(0, minimum=0, maximum=1000)
+    checkpoint_every: int = bounded(0, minimum=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self, InvalidRequestError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +218,8 @@ class RankWork:
 class Receipt:
     """What really ran for one request. Counted where it happened, never derived from the settings.
 
-    `notes` are the pipeline's own warnings, such as a setting that it did not use.
+    `notes` are the pipeline's own warnings, such as a setting that it did not use. Of `steps`, those up to
+    `resumed_from_step` were not computed again: they came from a checkpoint.
     """
 
     model: str
@@ -231,6 +235,7 @@ class Receipt:
     encoder_cache_hits: int = 0
     encoder_cache_misses: int = 0
     restarts: int = 0
+    resumed_from_step: int = 0
     replica: int = 0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: float = 0.0
@@ -244,6 +249,7 @@ class Receipt:
         extra = f", {self.rows_joined} rows joined" if self.rows_joined else ""
         extra += f", {self.encoder_cache_hits} encoder cache hits" if self.encoder_cache_hits else ""
         extra += f", {self.restarts} restarts" if self.restarts else ""
+        extra += f", resumed from step {self.resumed_from_step}" if self.resumed_from_step else ""
         return (
             f"{self.model}: {self.steps} steps ({ranks}{extra}); {stages}; seed {self.seed}, {self.dtype} on "
             f"{self.device}, peak {self.peak_memory_mb:.0f} MB"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -64,6 +66,7 @@ REORDERED = 1e-5
 EXACT = 0.0
 
 _ROOT = Path(tempfile.mkdtemp(prefix="denoised-contract-"))
+atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)  # ranks, which share it, end without this
 
 
 def folder(name: str) -> str:

@@ -23,7 +23,7 @@ def randomize(module: ModuleT, seed: int, gain: float = 1.0) -> ModuleT:
                 parameter.copy_(0.1 * noise)
             elif leaf == "weight_g":  # weight norm: the length of the direction in `weight_v`
                 parameter.copy_(gain * (1 + 0.1 * noise))
-            elif parameter.ndim == 1 or leaf == "gamma":  # scales of norms; those of the video VAEs are 4-D
+            elif parameter.ndim <= 1 or leaf == "gamma":  # scales of norms; those of the video VAEs are 4-D
                 parameter.copy_(1 + 0.1 * noise)
             else:
                 parameter.copy_(noise * gain / parameter[0].numel() ** 0.5)

@@ -13,6 +13,7 @@ from denoised import __version__
 from denoised.cli.generate import generate
 from denoised.cli.models import models
 from denoised.cli.plan import plan
+from denoised.cli.serve import serve
 from denoised.errors import DenoisedError, one_line
 
 FAILED = 2
@@ -73,6 +74,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command()(models)
 app.command()(plan)
+app.command()(serve)
 
 
 @app.callback()

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from denoised.cli.flags import ENGINE, PARALLEL, flags, given, with_flags
-from denoised.config import DiffusionParallelConfig, EngineConfig, validate
+from denoised.config import DiffusionParallelConfig
 from denoised.errors import InvalidConfigError
 from denoised.runtime.planning.ask import Ask
 from denoised.runtime.planning.choose import Option, Plan
-from denoised.runtime.planning.hardware import GIB, HARDWARE, Hardware
+from denoised.runtime.planning.hardware import GIB, HARDWARE, LINK_EFFICIENCY, Hardware
 from denoised.runtime.planning.layout import Layout, of_config
 
 ASK = flags(Ask, "Request")
@@ -28,7 +28,16 @@ def plan(
     model: Annotated[str, typer.Argument(help="Hub id, folder in diffusers layout, or built-in name.")],
     *,
     gpus: Annotated[int | None, typer.Option("--gpus", min=1, max=64, help="Devices (default: 1).")] = None,
-    gpu: Annotated[str, typer.Option("--gpu", help=f"What they are: {GPUS}.")] = "h100",
+    gpu: Annotated[str | None, typer.Option("--gpu", help=f"What they are: {GPUS} (default: h100).")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine for some seconds, and plan for it.")
+    ] = False,
+    efficiency: Annotated[
+        float | None, typer.Option("--efficiency", help="Share of the peak that blocks reach, from your runs.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option("--bandwidth", help="GB/s that arrive between two devices, one way.")
+    ] = None,
     all_layouts: Annotated[bool, typer.Option("--all", help=f"All layouts, not the best {SHOWN}.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     **values: Any,
@@ -41,10 +50,10 @@ def plan(
     from denoised.runtime.plan import plan as plan_all
     from denoised.runtime.plan import plan_one, read
 
-    hardware = _hardware(gpu)
+    hardware = _adjusted(_hardware(gpu, measure=measure), efficiency, bandwidth)
     layout, num_ranks = _asked_layout(given(PARALLEL, values), gpus)
     ask = Ask(**given(ASK, values))
-    dtype = values["dtype"] or ("float32" if gpu == "cpu" else "bfloat16")
+    dtype = values["dtype"] or ("float32" if hardware.cores else "bfloat16")
     with loading(model):
         facts = read(model, ask, dtype=dtype)
     found = plan_all(facts, hardware, num_ranks) if layout is None else plan_one(facts, hardware, layout)
@@ -55,10 +64,30 @@ def plan(
         _show(found, dtype, None if all_layouts else SHOWN)
 
 
-def _hardware(gpu: str) -> Hardware:
-    if gpu.lower() not in HARDWARE:
+def _hardware(gpu: str | None, *, measure: bool) -> Hardware:
+    if measure and gpu is not None:
+        raise InvalidConfigError(f"gpu={gpu!r} cannot go with --measure, which plans for this machine; leave one out.")
+    if measure:
+        from denoised.runtime.plan import measure as measured
+
+        return measured()
+    name = (gpu or "h100").lower()
+    if name not in HARDWARE:
         raise InvalidConfigError(f"gpu={gpu!r}: must be one of {GPUS}.")
-    return HARDWARE[gpu.lower()]
+    return HARDWARE[name]
+
+
+def _adjusted(hardware: Hardware, efficiency: float | None, bandwidth: float | None) -> Hardware:
+    """With the user's own numbers instead of ours."""
+    if efficiency is not None:
+        if not 0 < efficiency <= 1:
+            raise InvalidConfigError(f"efficiency={efficiency}: must be above 0 and at most 1, a share of the peak.")
+        hardware = dataclasses.replace(hardware, efficiency=efficiency)
+    if bandwidth is not None:
+        if bandwidth <= 0:
+            raise InvalidConfigError(f"bandwidth={bandwidth}: must be above 0, in GB/s one way.")
+        hardware = dataclasses.replace(hardware, link=bandwidth * 1e9 / LINK_EFFICIENCY)
+    return hardware
 
 
 def _asked_layout(parallel: dict[str, Any], gpus: int | None) -> tuple[Layout | None, int]:
@@ -70,10 +99,10 @@ def _asked_layout(parallel: dict[str, Any], gpus: int | None) -> tuple[Layout | 
     if not parallel:
         return None, gpus or 1
     config = DiffusionParallelConfig(**parallel)
-    validate(EngineConfig(parallel_config=config))
     if config.data_parallel_size > 1:
         raise InvalidConfigError(
-            f"data_parallel_size={config.data_parallel_size}: replicas share nothing; plan one, without it."
+            f"data_parallel_size={config.data_parallel_size}: replicas share nothing but their requests; plan one of "
+            "them, without it."
         )
     if gpus not in (None, config.world_size):
         raise InvalidConfigError(f"gpus={gpus} is not {config.formula()}; leave --gpus out or make them agree.")
@@ -136,7 +165,7 @@ def _layouts(found: Plan, shown: int | None) -> Any:
 
 def _row(option: Option, *, recommended: bool) -> list[str]:
     found = option.prediction
-    remark = "" if option.good else "does not fit" if not found.fits else "not in this version"
+    remark = "" if option.good else "does not fit" if not found.fits else "idle ranks"
     return [
         "*" if recommended else "",
         found.layout.name(),
@@ -156,7 +185,7 @@ def _as_dict(found: Plan) -> dict[str, Any]:
     denoisers = facts.pop("denoisers")
     for record, denoiser in zip(denoisers, found.model.denoisers, strict=True):
         record |= {"num_blocks": len(denoiser.blocks), "heads": sorted(denoiser.heads)}
-        del record["blocks"], record["rest"]
+        del record["blocks"], record["rest"], record["limits"]
     facts |= {"denoisers": denoisers, "flops_per_row": found.model.flops_per_row}
     layouts = [_option_dict(option) for option in found.options]
     return {"model": facts, "hardware": dataclasses.asdict(found.hardware), "layouts": layouts, "why": found.why}
@@ -166,7 +195,7 @@ def _option_dict(option: Option) -> dict[str, Any]:
     found = option.prediction
     derived = {"flags": found.layout.flags(), "fits": found.fits, "bytes_per_rank": found.memory.total}
     derived |= {"bytes_sent": found.sent, "communication": found.communication}
-    return dataclasses.asdict(found) | derived | {"refusal": option.refusal}
+    return dataclasses.asdict(found) | derived | {"idle": option.idle}
 
 
 def _count(number: int) -> str:

@@ -144,6 +144,10 @@ class Guidance:
                 results[call] = rows.assemble(parts, [outputs[piece.key] for piece in parts])
         return results
 
+    def outlook(self, call: Call) -> tuple[str, int, tuple[int | None, ...]]:
+        """What a call shares forwards with (calls of equal signature), elements of a row, and each row's rank."""
+        return repr(rows.signature(call, self._rules(call))), rows.cost(call), self.placement.homes(call)
+
     def work_of(self, task_id: str) -> Work:
         """What was done for a request here so far."""
         return self.work.setdefault(task_id, Work())

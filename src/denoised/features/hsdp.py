@@ -67,7 +67,7 @@ def apply(
     Raises:
         InvalidConfigError: there is nothing to shard, or nobody to share it with.
     """
-    _check(model, mesh)
+    check(model, mesh)
     keepers = tuple(_Keeper(block) for block in _blocks(model))
     rest = _Keeper(model, keepers)
     for keeper in (*keepers, rest):
@@ -87,7 +87,8 @@ def _reroute(keepers: tuple[_Keeper, ...], rest: _Keeper) -> None:
         _route(part, functools.partial(_opened, rest))
 
 
-def _check(model: nn.Module, mesh: DeviceMesh) -> None:
+def check(model: nn.Module, mesh: DeviceMesh) -> None:
+    """What `apply` refuses, with nothing changed and no weight read. Raises InvalidConfigError."""
     name, ranks = type(model).__name__, mesh.size(mesh.ndim - 1)
     if mesh.ndim > 2 or ranks < 2:
         raise InvalidConfigError(

@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 from denoised.config import EngineConfig
 from denoised.errors import EngineError, InvalidConfigError, ModelError, one_line
-from denoised.runtime import launch
+from denoised.runtime import launch, torchrun
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.protocol import Command, Deliver, Event, Failed, RankSpec, Ready
+from denoised.runtime.relay import Follower, Leader
 
 # A rank that dies while loading dies again; three tries rule out bad luck.
 MAX_STARTS = 3
@@ -61,16 +62,19 @@ class Crew:
     Args:
         config: of one replica: its `data_parallel_size` is 1.
         replica: which one, of `num_replicas`.
+        leader: where torchrun gave the ranks of several replicas and this process leads.
         say: takes what ranks say, from `attend` on; must not block.
     """
 
-    def __init__(self, config: EngineConfig, say: Say, *, replica: int = 0, num_replicas: int = 1) -> None:
-        self._config, self._say = config, say
+    def __init__(
+        self, config: EngineConfig, say: Say, *, replica: int = 0, num_replicas: int = 1, leader: Leader | None = None
+    ) -> None:
+        self._config, self._say, self._leader = config, say, leader
         self._replica, self._num_replicas = replica, num_replicas
         self._ranks: launch.Ranks | None = None
         self._line = Line()
         self._stopped = False
-        self.torchrun = launch.torchrun_rank()
+        self.torchrun = torchrun.torchrun_rank()
         self.generation = 0
 
     @property
@@ -104,7 +108,7 @@ class Crew:
 
     def _start(self) -> ModelInfo:
         problem = ""
-        for _ in range(MAX_STARTS):
+        for _ in range(self._max_starts):
             self.kill()
             if self._stopped:
                 raise EngineError(_CLOSED)
@@ -119,6 +123,11 @@ class Crew:
             if info is not None:
                 return info
         raise EngineError(problem)
+
+    @property
+    def _max_starts(self) -> int:
+        """The processes of several replicas under torchrun meet once."""
+        return 1 if self.torchrun is not None and self._num_replicas > 1 else MAX_STARTS
 
     def attend(self) -> None:
         """From here on what the ranks say goes to the client, first what they said since they are ready."""
@@ -148,7 +157,8 @@ class Crew:
     def _await_ready(self, line: Line) -> tuple[ModelInfo | None, str]:
         """What was loaded, or why nothing was."""
         size = self._config.parallel_config.world_size
-        waiting = set(range(size)) if self.torchrun is None else {self.torchrun}
+        own = self.torchrun if self._leader is None else None
+        waiting = set(range(size)) if own is None else {own % size}
         while True:
             said = None if self._stopped else line.next()
             if said is None:
@@ -164,10 +174,21 @@ class Crew:
                 return None, f"rank {rank} " + (f"failed: {event.error}" if event else "died while it started")
 
     def _launch(self, deliver: Deliver) -> launch.Ranks:
+        if self._config.distributed_executor_backend == "ray":
+            from denoised.runtime import ray_ranks
+
+            return ray_ranks.start(self._config, deliver, num_replicas=self._num_replicas)
         if self.torchrun is not None:
-            return launch.ThreadRank(launch.torchrun_spec(self._config), deliver)
+            return self._launch_under_torchrun(deliver)
         if self._config.parallel_config.world_size == self._num_replicas == 1:
             spec = RankSpec(config=self._config, rank=0, local_rank=0, world_size=1, local_world_size=1)
             return launch.ThreadRank(spec, deliver)
         host = launch.shared_host()
         return host.fork(self._config, deliver, replica=self._replica, num_replicas=self._num_replicas)
+
+    def _launch_under_torchrun(self, deliver: Deliver) -> launch.Ranks:
+        if self._leader is not None:
+            return self._leader.ranks(self._replica, deliver)
+        if self._num_replicas > 1:
+            return Follower(self._config, deliver)
+        return launch.ThreadRank(torchrun.rank_spec(self._config), deliver)

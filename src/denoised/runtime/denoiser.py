@@ -11,6 +11,9 @@ Features are applied innermost first. Those that this version has:
     guidance   9  deals rows to the cfg axis, joins rows of requests
     trap      10  outermost: a task stops here
 
+What a model refuses, it refuses before the first weight is read: all that cuts goes first, for all components, and the
+later features are asked (`check`) without being applied.
+
 The numbers are the places of the full order in docs/architecture.md; a feature that lands takes its line here.
 """
 
@@ -43,10 +46,8 @@ def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None) -
     """
     stages: dict[str, Stages] = {}
     if mesh is not None:
-        _check_denoisers(spec, config.parallel_config)
-        for name in spec.denoisers:
-            stages |= _denoiser(name, getattr(pipe, name), spec, config.parallel_config, mesh)
-        _others(pipe, spec, config.parallel_config, mesh)
+        stages = _divide(pipe, spec, config.parallel_config, mesh)
+        _place(pipe, spec, config.parallel_config, mesh)
     rules = row_rules(spec)
     guidance = Guidance(
         rules=lambda call: rules,
@@ -62,45 +63,70 @@ def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None) -
     return guidance
 
 
-def _denoiser(
+def _divide(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh) -> dict[str, Stages]:
+    """All that needs no weight's value, and all that can be refused: nothing has been read when this returns.
+
+    Gives the stages of denoisers that are cut into some.
+    """
+    _check_denoisers(spec, parallel)
+    stages: dict[str, Stages] = {}
+    for name in spec.denoisers:
+        stages |= _cut_denoiser(name, getattr(pipe, name), spec, parallel, mesh)
+    _cut_encoders(pipe, spec, parallel, mesh)
+    if parallel.vae_patch_parallel_size > 1:
+        vae_patch.apply(_vae(pipe, spec), mesh.neighbours(parallel.vae_patch_parallel_size))
+    return stages
+
+
+def _cut_denoiser(
     name: str, model: nn.Module, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh
 ) -> dict[str, Stages]:
-    """All features of one denoiser, in the order; its stages, if it is cut into some."""
     stages: dict[str, Stages] = {}
     if parallel.enable_expert_parallel:
         expert.apply(model, spec, tensor=mesh.group("tensor"), sequence=mesh.span("ring", "ulysses"))
     if mesh.axes["tensor"] > 1:
         tensor.apply(model, spec, mesh.group("tensor"))
     if mesh.axes["pipeline"] > 1:
-        stages[name] = pipeline.apply(model, spec, mesh.group("pipeline"))
+        # Ranks gather weights in one order, which rows that take turns would not keep.
+        rounds = 1 if parallel.use_hsdp else pipeline.MAX_ROUNDS
+        stages[name] = pipeline.apply(model, spec, mesh.group("pipeline"), max_rounds=rounds)
     if parallel.use_hsdp:
-        hsdp.apply(model, spec, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size), weights.fill)
-    weights.fill(model)
-    if mesh.axes["ring"] * mesh.axes["ulysses"] > 1:
-        groups = {"ring": mesh.group("ring"), "ulysses": mesh.group("ulysses")}
-        sequence.apply(model, spec, **groups, mode=parallel.ulysses_mode)
+        hsdp.check(model, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size))
+    sequence.check(model, spec, **_sequence_groups(mesh), mode=parallel.ulysses_mode)
     return stages
 
 
-def _others(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh) -> None:
-    """Text encoders and VAE."""
+def _cut_encoders(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh) -> None:
     encoders = dict(text_encoders(pipe))
-    if parallel.text_encoder_tp_size > 1:
-        if not encoders:
-            raise InvalidConfigError(
-                f"text_encoder_tp_size={parallel.text_encoder_tp_size}: {spec.pipeline} has no text encoder; leave it "
-                "at 1."
-            )
-        group = mesh.neighbours(parallel.text_encoder_tp_size)
-        for name, encoder in encoders.items():
-            tensor.apply_encoder(encoder, group, name=name)
+    if parallel.text_encoder_tp_size > 1 and not encoders:
+        raise InvalidConfigError(
+            f"text_encoder_tp_size={parallel.text_encoder_tp_size}: {spec.pipeline} has no text encoder; leave it "
+            "at 1."
+        )
+    for name, encoder in encoders.items():
+        if parallel.text_encoder_tp_size > 1:
+            tensor.apply_encoder(encoder, mesh.neighbours(parallel.text_encoder_tp_size), name=name)
+        if parallel.use_hsdp:
+            hsdp.check(encoder, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size))
+
+
+def _place(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh) -> None:
+    """Read the weights that this rank keeps, and what goes on top of them."""
+    denoisers = [getattr(pipe, name) for name in spec.denoisers]
     if parallel.use_hsdp:
-        for encoder in encoders.values():
-            hsdp.apply(encoder, None, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size), weights.fill)
+        shards = mesh.equal_weights(num_copies=parallel.hsdp_replicate_size)
+        for model in denoisers:
+            hsdp.apply(model, spec, shards, weights.fill)
+        for _, encoder in text_encoders(pipe):
+            hsdp.apply(encoder, None, shards, weights.fill)
     for part in modules(pipe):
         weights.fill(part)
-    if parallel.vae_patch_parallel_size > 1:
-        vae_patch.apply(_vae(pipe, spec), mesh.neighbours(parallel.vae_patch_parallel_size))
+    for model in denoisers:
+        sequence.apply(model, spec, **_sequence_groups(mesh), mode=parallel.ulysses_mode)
+
+
+def _sequence_groups(mesh: Mesh) -> dict[str, Any]:
+    return {"ring": mesh.group("ring"), "ulysses": mesh.group("ulysses")}
 
 
 def _vae(pipe: Any, spec: ModelSpec) -> nn.Module:
@@ -127,6 +153,11 @@ def text_encoders(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _check_denoisers(spec: ModelSpec, parallel: DiffusionParallelConfig) -> None:
+    if spec.reads_modules:
+        raise InvalidConfigError(
+            f"{parallel.formula()}: after each call {spec.pipeline} reads attention maps off its modules, which other "
+            "ranks do not have; use one rank."
+        )
     if spec.denoisers:
         return
     asked = [name for name, size in parallel.axes.items() if size > 1]
@@ -142,6 +173,7 @@ def row_rules(spec: ModelSpec) -> RowRules:
         shared=spec.shared,
         lists=spec.row_lists,
         dims=spec.row_dims,
+        folded=spec.row_folds,
         padded=spec.padded,
         whole=spec.whole_calls,
         trusted=spec.declared,

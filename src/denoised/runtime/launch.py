@@ -1,5 +1,5 @@
-"""Starting ranks, in three ways with one interface: a thread of this process for one rank, forked processes on this
-node, or the ranks that torchrun gives.
+"""Starting ranks on this machine: a thread of this process for one rank, or forked processes. `relay.py` and
+`ray_ranks.py` have ranks that others start, with the same interface.
 
 `Ranks.send` reaches rank 0; events of all ranks arrive at `deliver(rank, event)`, and `deliver(rank, None)` says that
 a rank is gone. A `Ranks` is used once: whoever wants ranks again starts new ones.
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from denoised.config import EngineConfig
-from denoised.errors import EngineError, InvalidConfigError
+from denoised.errors import EngineError
 from denoised.runtime.protocol import Command, Deliver, PickleChannel, RankSpec, pack
 
 # glibc reads these at start; runtime/env.py says why.
@@ -226,7 +226,7 @@ class ForkedRanks:
             thread.start()
 
     def _read(self, rank: int) -> None:
-        for event in _events(self._channels[rank]):
+        for event in events(self._channels[rank]):
             self._deliver(rank, event)
         self._deliver(rank, None)
 
@@ -261,36 +261,10 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _events(channel: PickleChannel) -> Iterator[Any]:
+def events(channel: PickleChannel) -> Iterator[Any]:
+    """What comes, until the other side is gone."""
     while True:
         try:
             yield channel.recv()
         except (EOFError, OSError):
             return
-
-
-def torchrun_rank() -> int | None:
-    """This process's rank under torchrun, or None elsewhere."""
-    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
-def torchrun_spec(config: EngineConfig) -> RankSpec:
-    """This process's part under torchrun.
-
-    Raises:
-        InvalidConfigError: torchrun gave another number of ranks than the degrees need.
-    """
-    given, needed = int(os.environ["WORLD_SIZE"]), config.parallel_config.world_size
-    if given != needed:
-        raise InvalidConfigError(
-            f"torchrun gave {given} ranks and the degrees need {config.parallel_config.formula()}; "
-            "change --nproc-per-node or a degree."
-        )
-    return RankSpec(
-        config=config,
-        rank=int(os.environ["RANK"]),
-        local_rank=int(os.environ["LOCAL_RANK"]),
-        world_size=given,
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", given)),
-        rendezvous="env://",
-    )

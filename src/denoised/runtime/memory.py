@@ -18,6 +18,17 @@ def peak_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def now_mb() -> float:
+    """Memory of this rank now, in MB: allocated on the device where there is one, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.memory_allocated() / 2**20
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+    except OSError:  # no such file on this system
+        return peak_mb()
+
+
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of what decides the bytes of a result."""

@@ -131,9 +131,14 @@ def _size_multiple(pipeline: Any, packing: int) -> int:
 
 
 def _frame_multiple(pipeline: Any) -> int:
-    """Frames of one latent of a video VAE; the first frame has a latent of its own."""
+    """Frames of one latent of a video VAE; the first frame has a latent of its own.
+
+    1 where the class's own default says that other numbers do too.
+    """
     names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
-    return int(next((getattr(pipeline, name) for name in names if getattr(pipeline, name, None)), 1))
+    multiple = int(next((getattr(pipeline, name) for name in names if getattr(pipeline, name, None)), 1))
+    usual = getattr(inspect.signature(type(pipeline).__call__).parameters.get("num_frames"), "default", None)
+    return 1 if isinstance(usual, int) and (usual - 1) % multiple else multiple
 
 
 def check(prompt: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo, config: EngineConfig) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import os
 import queue
 import secrets
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import fields
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any
 
@@ -21,15 +22,32 @@ from denoised.errors import DenoisedError, InvalidRequestError
 from denoised.request import (
     OmniDiffusionSamplingParams,
     OmniRequestOutput,
+    Preview,
     Progress,
     Prompt,
     Request,
+    Saved,
+    Service,
     as_prompt,
 )
 from denoised.runtime import model_info
 from denoised.runtime.client import Client
+from denoised.runtime.failures import kind_of
+from denoised.runtime.stats import Stats
 
 SamplingParams = OmniDiffusionSamplingParams
+Heard = Progress | Preview | Saved | OmniRequestOutput
+"""What is told of a request; its output is the last."""
+_SERVICE = Service()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What is asked of the engine: `request` makes and checks the request of this id."""
+
+    request_id: str
+    prompt: Any
+    request: Callable[[], Request]
 
 
 def engine_config(
@@ -94,7 +112,13 @@ class _Frontend:
     def _next_id(self) -> str:
         return f"req-{next(self._ids)}"
 
-    def _request(self, request_id: str, prompt: Any, params: SamplingParams | None) -> Request:
+    def stats(self) -> Stats:
+        """Counters and gauges of this moment."""
+        return self._client.stats()
+
+    def _request(
+        self, request_id: str, prompt: Any, params: SamplingParams | None, service: Service = _SERVICE
+    ) -> Request:
         prompt = as_prompt(prompt)
         prompt, params = self.info.complete(prompt, params or SamplingParams())
         model_info.check(prompt, params, self.info, self.config)
@@ -108,7 +132,15 @@ class _Frontend:
             state = params.generator.get_state()
             seed = params.generator.initial_seed() % 2**63
             params = params.without_generator()
-        return Request(request_id=request_id, prompt=prompt, params=params, seed=seed, generator_state=state)
+        return Request(
+            request_id=request_id, prompt=prompt, params=params, seed=seed, generator_state=state, service=service
+        )
+
+    def _resumed(self, request_id: str, checkpoint: Any, service: Service) -> Request:
+        """The request that a checkpoint is of, as it stood when it was accepted."""
+        from denoised.runtime import checkpoints
+
+        return checkpoints.request_of(checkpoint, request_id, service)
 
 
 def _close_aside(client: Client) -> None:
@@ -117,7 +149,7 @@ def _close_aside(client: Client) -> None:
 
 def _rejected(request_id: str, prompt: Any, error: DenoisedError) -> OmniRequestOutput:
     shown: Any = prompt if isinstance(prompt, dict) else {"prompt": str(prompt)}
-    return OmniRequestOutput(request_id=request_id, prompt=shown, error=str(error))
+    return OmniRequestOutput(request_id=request_id, prompt=shown, error=str(error), error_kind=kind_of(error))
 
 
 class Omni(_Frontend):
@@ -148,6 +180,7 @@ class Omni(_Frontend):
         *,
         use_tqdm: bool = True,
         py_generator: bool = False,
+        service: Service | Sequence[Service] = _SERVICE,
     ) -> Any:
         """Run requests; `list[OmniRequestOutput]` in the order of `prompts`.
 
@@ -156,33 +189,53 @@ class Omni(_Frontend):
             sampling_params: one for all, or one for each.
             use_tqdm: show a progress bar over denoising steps.
             py_generator: return a generator instead, which gives outputs as they finish, from its first `next` on.
+            service: priority, timeout and the like: one for all, or one for each. However many wait, none is refused.
 
         A request that fails has its reason in `error`; the others are not touched.
         """
         many = [prompts] if isinstance(prompts, str | dict) else list(prompts)
         params = _one_each(sampling_params, len(many))
         ids = [self._next_id() for _ in many]
-        finished = self._run(ids, many, params, use_tqdm)
-        if py_generator:
-            return finished
-        outputs = {output.request_id: output for output in finished}
-        return [outputs[request_id] for request_id in ids]
+        services = [service] * len(many) if isinstance(service, Service) else list(service)
+        asks = [
+            Ask(request_id=i, prompt=p, request=functools.partial(self._request, i, p, s, how))
+            for i, p, s, how in zip(ids, many, params, services, strict=True)
+        ]
+        finished = self._run(asks, use_tqdm)
+        return finished if py_generator else _in_order(ids, finished)
 
-    def _run(
-        self, ids: list[str], prompts: Sequence[Any], params: Sequence[SamplingParams | None], use_tqdm: bool
-    ) -> Iterator[OmniRequestOutput]:
+    def resume(
+        self, checkpoints: Any, *, service: Service = _SERVICE, use_tqdm: bool = True
+    ) -> list[OmniRequestOutput]:
+        """Go on with requests from their checkpoints (`Saved.checkpoint`); the outputs, in order.
+
+        What was computed before is not computed again, and the result is that of the undisturbed request. Of several
+        that were begun, so go on with the one that was chosen.
+
+        Args:
+            checkpoints: one or a list, made with this model.
+        """
+        many = checkpoints if isinstance(checkpoints, list | tuple) else [checkpoints]
+        ids = [self._next_id() for _ in many]
+        asks = [
+            Ask(request_id=i, prompt="", request=functools.partial(self._resumed, i, c, service))
+            for i, c in zip(ids, many, strict=True)
+        ]
+        return _in_order(ids, self._run(asks, use_tqdm))
+
+    def _run(self, asks: Sequence[Ask], use_tqdm: bool) -> Iterator[OmniRequestOutput]:
         """Outputs as they finish. Leaving early (an exception, a closed generator) aborts what is still running."""
         from denoised.runtime.progress import StepBar
 
-        inbox: queue.SimpleQueue[Progress | OmniRequestOutput] = queue.SimpleQueue()
-        missing = dict.fromkeys(ids)
-        with StepBar(len(ids), enabled=use_tqdm) as bar:
+        inbox: queue.SimpleQueue[Heard] = queue.SimpleQueue()
+        missing = dict.fromkeys(ask.request_id for ask in asks)
+        with StepBar(len(asks), enabled=use_tqdm) as bar:
             try:
-                for request_id, prompt, param in zip(ids, prompts, params, strict=True):
+                for ask in asks:
                     try:
-                        self._client.submit(self._request(request_id, prompt, param), inbox.put)
+                        self._client.submit(ask.request(), inbox.put)
                     except InvalidRequestError as error:
-                        inbox.put(_rejected(request_id, prompt, error))
+                        inbox.put(_rejected(ask.request_id, ask.prompt, error))
                 while missing:
                     event = inbox.get()
                     bar.show(event)
@@ -192,6 +245,11 @@ class Omni(_Frontend):
             finally:
                 for request_id in missing:
                     self.abort(request_id)
+
+
+def _in_order(ids: list[str], finished: Iterator[OmniRequestOutput]) -> list[OmniRequestOutput]:
+    outputs = {output.request_id: output for output in finished}
+    return [outputs[request_id] for request_id in ids]
 
 
 def _one_each(params: Any, count: int) -> Sequence[SamplingParams | None]:
@@ -205,8 +263,8 @@ def _one_each(params: Any, count: int) -> Sequence[SamplingParams | None]:
 
 
 class AsyncOmni(_Frontend):
-    """Online inference in an event loop: `async for event in omni.generate(...)` gives `Progress` events and, last,
-    the `OmniRequestOutput`. Cancelling the consumer aborts the request."""
+    """Online inference in an event loop: `async for event in omni.generate(...)` gives `Progress`, `Preview` and
+    `Saved` events and, last, the `OmniRequestOutput`. Cancelling the consumer aborts the request."""
 
     async def __aenter__(self) -> AsyncOmni:
         return self
@@ -217,22 +275,47 @@ class AsyncOmni(_Frontend):
         await asyncio.to_thread(self.close)
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
-    ) -> AsyncIterator[Progress | OmniRequestOutput]:
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        service: Service = _SERVICE,
+    ) -> AsyncIterator[Heard]:
         """Run one request.
 
         Raises:
             InvalidRequestError: the model cannot run it; nothing was queued.
+            QueueFullError: too much is waiting already; nothing was queued. `retry_after` says when to ask again.
         """
-        events: asyncio.Queue[Progress | OmniRequestOutput] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        request = self._request(request_id or self._next_id(), prompt, sampling_params)
+        request = self._request(request_id or self._next_id(), prompt, sampling_params, service)
+        async with contextlib.aclosing(self._events(request)) as events:
+            async for event in events:
+                yield event
 
-        def hear(event: Progress | OmniRequestOutput) -> None:
+    async def resume(
+        self, checkpoint: Any, *, request_id: str | None = None, service: Service = _SERVICE
+    ) -> AsyncIterator[Heard]:
+        """Go on with a request from its checkpoint (`Saved.checkpoint`), to the result of the undisturbed request.
+
+        Raises:
+            InvalidRequestError: it is no checkpoint; nothing was queued.
+        """
+        request = self._resumed(request_id or self._next_id(), checkpoint, service)
+        async with contextlib.aclosing(self._events(request)) as events:
+            async for event in events:
+                yield event
+
+    async def _events(self, request: Request) -> AsyncGenerator[Heard]:
+        """Submit a request and hear of it until its end; leaving early aborts it."""
+        events: asyncio.Queue[Heard] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def hear(event: Heard) -> None:
             with contextlib.suppress(RuntimeError):  # a loop that is closed has nobody left who listens
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        self._client.submit(request, hear)
+        self._client.submit(request, hear, bounded=True)
         done = False
         try:
             while not done:

@@ -5,6 +5,7 @@ The only place that knows both our names of sampling parameters and the pipeline
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,6 +17,7 @@ from PIL.Image import Image
 from denoised import hf
 from denoised.request import OmniDiffusionSamplingParams, Request
 from denoised.runtime.model_info import COUNT_NAMES, ENGINE_FIELDS, ModelInfo, shift_name
+from denoised.steps.journal import Journal
 from denoised.steps.trap import StepObserver, request_copy
 
 
@@ -36,12 +38,24 @@ def build(
     *,
     report: Callable[[int, int], None],
     observer: StepObserver | None,
+    journal: Journal | None = None,
 ) -> Callable[[], Any]:
-    """The program of one request: a call without arguments that runs the unmodified pipeline."""
+    """The program of one request: a call without arguments that runs the unmodified pipeline.
+
+    The journal is told the generator, whose state belongs to what is kept of the request.
+    """
     own = request_copy(pipeline, report=report, observer=observer)
     _configure(own, request.params)
     kwargs = _own(keywords(request, info, device=hf.execution_device(pipeline)))
-    return lambda: own(**kwargs)
+    if journal is not None and "generator" in kwargs:
+        journal.generators = [kwargs["generator"]]
+    return functools.partial(_run_exclusively, own, kwargs) if info.exclusive else lambda: own(**kwargs)
+
+
+def _run_exclusively(pipeline: Any, kwargs: dict[str, Any]) -> Any:
+    """Nobody else runs now, and whoever runs next finds the modules as they were."""
+    with hf.same_processors(pipeline):
+        return pipeline(**kwargs)
 
 
 def _own(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from denoised.request import OmniRequestOutput, Progress
+from denoised.request import OmniRequestOutput, Preview, Progress, Saved
 
 
 class StepBar:
@@ -33,11 +33,11 @@ class StepBar:
         if self._bar is not None:
             self._bar.close()
 
-    def show(self, event: Progress | OmniRequestOutput) -> None:
-        """Draw what an event says."""
+    def show(self, event: Progress | Preview | Saved | OmniRequestOutput) -> None:
+        """Draw what an event says, if it says how far a request is."""
         if isinstance(event, OmniRequestOutput):
             self._left -= 1
-        else:
+        elif isinstance(event, Progress):
             self._steps[event.request_id] = (event.step, event.total_steps)
         if self._enabled and self._steps:
             self._draw()

@@ -9,8 +9,9 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from denoised.config import EngineConfig
-from denoised.request import OmniRequestOutput, Progress, Request
+from denoised.request import OmniRequestOutput, Preview, Progress, Request, Saved
 from denoised.runtime.model_info import ModelInfo
+from denoised.runtime.stats import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,39 @@ class Profiled:
     paths: list[str]
 
 
-Event = Progress | OmniRequestOutput | Ready | Failed | Profiled
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What a step of a request takes. `seconds[k - 1]`: of ticks that give each of k requests like it one step;
+    `share`: of the ranks' time, if it is alone: what it leaves idle others can have. `kind`: those of one share
+    forwards, whatever their number of rows."""
+
+    seconds: tuple[float, ...]
+    share: float = 1.0
+    kind: str = ""
+
+    def demand(self, crowd: int) -> float:
+        """Seconds of all ranks that a step of one of so many requests takes."""
+        most = len(self.seconds)
+        if crowd == 1:
+            return self.seconds[0] * self.share
+        return self.seconds[min(crowd, most) - 1] / min(crowd, most)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ticked:
+    """The ranks go on. Sent a few times a second, and before a tick that may take long.
+
+    work: sums since these ranks started. costs: steps of the requests in flight, by id. expected: seconds that the
+    next tick is predicted to take; None where something in it was never measured.
+    """
+
+    work: Work
+    costs: dict[str, StepCost]
+    expected: float | None
+    memory_mb: float
+
+
+Event = Progress | Preview | Saved | OmniRequestOutput | Ready | Failed | Profiled | Ticked
 
 
 @dataclass(frozen=True, kw_only=True)

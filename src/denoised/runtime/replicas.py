@@ -10,11 +10,11 @@ import threading
 from collections.abc import Callable
 
 from denoised.config import EngineConfig
-from denoised.errors import InvalidConfigError
-from denoised.runtime import launch
+from denoised.runtime import torchrun
 from denoised.runtime.crew import Crew, Say
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.protocol import Command, Event
+from denoised.runtime.relay import Leader
 
 # Seconds that ranks which are just being started may hold up the end.
 PATIENCE = 30.0
@@ -26,21 +26,23 @@ Listen = Callable[[int, int, int, Event | None], None]
 class Replicas:
     """Crews by number. `listen` is called on their threads and must not block.
 
+    Under torchrun every process has a client. With several replicas, that of global rank 0 has all crews; the others
+    follow it: their one crew is the own rank, and events of all requests come as that crew's.
+
     Raises:
-        InvalidConfigError: several replicas under torchrun, whose ranks are one replica.
+        InvalidConfigError: torchrun or the Ray cluster has other ranks than the degrees need.
     """
 
     def __init__(self, config: EngineConfig, listen: Listen) -> None:
         count = config.parallel_config.data_parallel_size
-        self.torchrun = launch.torchrun_rank()
-        if count > 1 and self.torchrun is not None:
-            raise InvalidConfigError(
-                f"data_parallel_size={count}: the ranks of one torchrun are one replica; "
-                "start a torchrun for each replica, or run without torchrun."
-            )
+        self.torchrun = torchrun.torchrun_rank()
+        self.follows = count > 1 and self.torchrun not in (None, 0)
+        _check_world(config)
         own = one_replica(config)
+        self._leader = Leader(own, count) if count > 1 and self.torchrun == 0 else None
         self.crews = [
-            Crew(own, _numbered(listen, number), replica=number, num_replicas=count) for number in range(count)
+            Crew(own, _numbered(listen, number), replica=number, num_replicas=count, leader=self._leader)
+            for number in range(1 if self.follows else count)
         ]
         self._starting: list[threading.Thread] = []
 
@@ -93,6 +95,11 @@ class Replicas:
         for crew in self.crews:
             crew.send(command)
 
+    def echo(self, event: Event) -> None:
+        """To the programs that follow this one."""
+        if self._leader is not None:
+            self._leader.echo(event)
+
     def stop(self) -> None:
         """Ask all ranks to end; whatever they still say is history."""
         for crew in self.crews:
@@ -104,12 +111,24 @@ class Replicas:
             thread.join(timeout=PATIENCE)
         for crew in self.crews:
             crew.join()
+        if self._leader is not None:
+            self._leader.close()
 
 
 def one_replica(config: EngineConfig) -> EngineConfig:
     """The configuration of one replica by itself."""
     parallel = dataclasses.replace(config.parallel_config, data_parallel_size=1)
     return dataclasses.replace(config, parallel_config=parallel)
+
+
+def _check_world(config: EngineConfig) -> None:
+    if config.distributed_executor_backend == "ray":
+        from denoised.runtime import ray_cluster
+
+        ray_cluster.connect()
+        ray_cluster.require(config)
+    elif torchrun.torchrun_rank() is not None:
+        torchrun.check_world(config)
 
 
 def _numbered(listen: Listen, replica: int) -> Say:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from denoised.errors import InvalidRequestError, RequestAbortedError, one_line
 from denoised.features.guidance import Work
 from denoised.request import OmniRequestOutput, RankWork, Receipt, Request
 from denoised.runtime import memory, program
+from denoised.runtime.failures import kind_of
 from denoised.runtime.model_info import ModelInfo
 from denoised.steps.forward import Stage
 from denoised.steps.task import Task
 from denoised.steps.trap import StepObserver
+from denoised.steps.unknown import MissingValueError
+
+if TYPE_CHECKING:
+    from denoised.runtime.checkpoints import Saver
+    from denoised.runtime.previews import Memory
 
 
 class CallError(RuntimeError):
@@ -21,7 +28,11 @@ class CallError(RuntimeError):
 
 @dataclass(kw_only=True)
 class InFlight:
-    """A request on this rank."""
+    """A request on this rank.
+
+    told: the last iteration that was looked at for checkpoints and previews. resumed_from: the iteration that its
+    checkpoint is of. A preview has a `parent`, its number, and the step that it shows.
+    """
 
     request: Request
     task: Task
@@ -33,6 +44,22 @@ class InFlight:
     seconds: dict[str, float] = field(default_factory=lambda: {stage.value: 0.0 for stage in Stage})
     cache_hits: int = 0
     cache_misses: int = 0
+    resumed_from: int = 0
+    told: int = 0
+    saver: Saver | None = None
+    memory: Memory | None = None
+    num_recalled: int = 0
+    num_previews: int = 0
+    parent: InFlight | None = None
+    preview: int = 0
+    preview_step: int = 0
+
+    @property
+    def needs_its_start(self) -> bool:
+        """Whether it ended because its checkpoint did not hold enough to go on."""
+        journal = self.task.journal
+        failed_in_replay = self.task.error is not None and journal is not None and journal.replays
+        return failed_in_replay or isinstance(self.task.error, MissingValueError)
 
     def report(self, step: int, total: int) -> None:
         self.step, self.total_steps = step, total
@@ -41,7 +68,9 @@ class InFlight:
 def failed(request: Request, error: Exception) -> OmniRequestOutput:
     """The output of a request that failed; other requests are not touched."""
     text = str(error) if isinstance(error, InvalidRequestError | RequestAbortedError | CallError) else one_line(error)
-    return OmniRequestOutput(request_id=request.request_id, prompt=request.prompt, error=text)
+    return OmniRequestOutput(
+        request_id=request.request_id, prompt=request.prompt, error=text, error_kind=kind_of(error)
+    )
 
 
 def output(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str, int]) -> OmniRequestOutput:
@@ -75,6 +104,7 @@ def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str
         device=info.device,
         seed=flight.request.seed,
         steps=flight.step,
+        resumed_from_step=flight.resumed_from,
         ranks=[
             RankWork(
                 rank=rank,
@@ -92,7 +122,7 @@ def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str
         stage_seconds={name: round(seconds, 6) for name, seconds in flight.seconds.items()},
         peak_memory_mb=memory.peak_mb(),
         versions=memory.versions(),
-        notes=[*flight.task.notes, *_inert(work)],
+        notes=[*flight.task.notes, *_inert(work), *_unkept(flight)],
     )
 
 
@@ -101,3 +131,11 @@ def _inert(work: list[Work]) -> list[str]:
     if not any(did.counts["vae_patch_single_tile"] for did in work):
         return []
     return ["vae_patch_parallel_size did not act: the picture is fewer tiles of this VAE than ranks; each decoded it."]
+
+
+def _unkept(flight: InFlight) -> list[str]:
+    """Why checkpoints and previews that were asked for were not made."""
+    journal = flight.task.journal
+    if journal is None or not journal.problem:
+        return []
+    return [f"checkpoint_every and num_previews did not act: {journal.problem}."]

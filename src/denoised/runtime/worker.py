@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import importlib
+import signal
 import sys
+import threading
 import time
 import traceback
 from typing import Any
@@ -20,9 +23,11 @@ import torch.distributed as dist
 from denoised import env, hf
 from denoised.config import EngineConfig
 from denoised.errors import DenoisedError, InvalidConfigError, one_line
-from denoised.runtime import denoiser, load, model_info
+from denoised.runtime import checkpoints, denoiser, load, model_info
+from denoised.runtime.dispatch import Dispatch
 from denoised.runtime.encoder_cache import EncoderCache
 from denoised.runtime.engine import Engine
+from denoised.runtime.flights import Runway
 from denoised.runtime.mesh import Mesh
 from denoised.runtime.protocol import Channel, Command, Failed, RankSpec, Ready
 from denoised.spec.registry import resolve
@@ -54,6 +59,7 @@ def run_rank(spec: RankSpec, channel: Channel) -> None:
 def start(spec: RankSpec, channel: Channel) -> Engine:
     """Join the group, load the model, build the engine, and say that this rank is ready."""
     started = time.perf_counter()
+    _show_stacks_on_signal()
     env.keep_pages()
     _import_plugins(spec)
     torch.set_num_threads(spec.config.num_threads or env.default_threads(spec.local_world_size))
@@ -62,6 +68,7 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
     pipeline = load.load(spec.config, device=device, unread=mesh is not None)
     hf.route_warnings(_note)
     model_spec = resolve(pipeline)
+    fingerprint = checkpoints.fingerprint(pipeline)
     guidance = denoiser.build(pipeline, model_spec, spec.config, mesh)
     info = model_info.describe(
         pipeline,
@@ -73,15 +80,27 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
     )
     channel.send(Ready(info=info, seconds=time.perf_counter() - started))
     return Engine(
-        pipeline=pipeline,
-        spec=model_spec,
+        runway=Runway(pipeline, model_spec, info, fingerprint, sees_all=guidance.placement.num_ranks == 1),
         info=info,
         guidance=guidance,
         cache=EncoderCache(spec.config.encoder_cache_mb * 2**20),
         wire=_wire(mesh, device),
         axes=spec.config.parallel_config.axes,
+        dispatch=Dispatch(
+            guidance,
+            world_size=spec.world_size,
+            join=not spec.config.deterministic,
+            max_rows=denoiser.MAX_JOINED_ROWS,
+            num_stages=spec.config.parallel_config.pipeline_parallel_size,
+        ),
         entangled=spec.config.parallel_config.is_entangled,
     )
+
+
+def _show_stacks_on_signal() -> None:
+    """`kill -USR1` of a rank's process writes where it stands, also within a collective. Not in a user's process."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGUSR1"):
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
 def serve(engine: Engine, channel: Channel, *, speaks: bool) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from denoised.spec import (
+    animatediff,
+    attention_maps,
     cosmos,
     ernie,
     flux,
@@ -22,6 +24,8 @@ from denoised.spec import (
 from denoised.spec.model_spec import ModelSpec
 
 ALL: tuple[ModelSpec, ...] = (
+    *animatediff.SPECS,
+    *attention_maps.SPECS,
     *cosmos.SPECS,
     *ernie.SPECS,
     *flux.SPECS,

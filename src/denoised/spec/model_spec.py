@@ -24,12 +24,14 @@ class ModelSpec:
     shared: denoiser arguments that are the same for all rows, whatever their shape.
     row_lists: denoiser arguments that are lists with one entry a row.
     row_dims: denoiser arguments whose rows are along another dim than 0, and which.
+    row_folds: denoiser arguments with several entries a row along dim 0, those of a row side by side.
     rows_in: the denoiser's argument that has an entry a row, where that is not its first.
     stores: denoiser arguments that are objects, and out of use until the pipeline gives them a mode.
     padded: text arguments of the denoiser that may be padded, with the name of their mask; "": it knows the lengths.
     whole_calls: a denoiser call cannot be split into rows.
     defer: False if the pipeline changes tensors in place between a denoiser call and its use.
     exclusive: the pipeline changes shared modules, so a request runs alone.
+    reads_modules: the pipeline reads off modules what a forward left there, so it runs on one rank.
     chunked: the pipeline makes whole chunks of frames, whatever number is asked for.
     packing: latents that the pipeline packs into one token, along each side; 1: the denoiser's own patch says it.
     defaults: sampling parameters that the class's own defaults leave open.
@@ -44,12 +46,14 @@ class ModelSpec:
     shared: frozenset[str] = frozenset()
     row_lists: frozenset[str] = frozenset()
     row_dims: dict[str, int] = field(default_factory=dict)
+    row_folds: frozenset[str] = frozenset()
     rows_in: str = ""
     stores: frozenset[str] = frozenset()
     padded: dict[str, str] = field(default_factory=dict)
     whole_calls: bool = False
     defer: bool = True
     exclusive: bool = False
+    reads_modules: bool = False
     chunked: bool = False
     packing: int = 1
     needs_image: bool = False

@@ -6,6 +6,9 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
+from denoised import hf
 from denoised.spec import families
 from denoised.spec.model_spec import Kind, ModelSpec
 
@@ -22,8 +25,26 @@ def resolve(pipeline: Any) -> ModelSpec:
     return replace(spec, denoisers=present)
 
 
+# What a denoiser's forward calls the noise level of its input.
+_NOISE_LEVELS = frozenset({"timestep", "timestep_ratio", "r"})
+
+
 def _inferred(pipeline: Any) -> ModelSpec:
-    return ModelSpec(pipeline=type(pipeline).__name__, kind=_kind(pipeline), declared=False)
+    usual = ModelSpec(
+        pipeline=type(pipeline).__name__,
+        kind=_kind(pipeline),
+        declared=False,
+        exclusive=hf.changes_modules(pipeline),
+    )
+    others = (name for name, part in hf.components(pipeline).items() if _denoises(name, part))
+    return replace(usual, denoisers=tuple(dict.fromkeys((*usual.denoisers, *others))))
+
+
+def _denoises(name: str, part: Any) -> bool:
+    """Whether a component is told a noise level. VAEs may be too, and control networks, which denoise nothing."""
+    if not isinstance(part, nn.Module) or hasattr(part, "decode") or "control" in name:
+        return False
+    return not _NOISE_LEVELS.isdisjoint(inspect.signature(part.forward).parameters)
 
 
 def _kind(pipeline: Any) -> Kind:

@@ -84,11 +84,17 @@ class Posted:
             self._work.wait()
 
 
-def receive(like: Tensor, group: Group, *, source: int) -> Tensor:
-    """A tensor of shape and dtype of `like`. `source` counts within the group."""
-    result = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    dist.recv(result, group=group, group_src=source)
-    return result
+class Arriving:
+    """A tensor on its way here, of shape and dtype of `like`. `source` counts within the group."""
+
+    def __init__(self, like: Tensor, group: Group, *, source: int) -> None:
+        self._tensor = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        self._work = dist.irecv(self._tensor, group=group, group_src=source)
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return self._tensor
 
 
 class Shift:

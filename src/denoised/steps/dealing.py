@@ -37,6 +37,10 @@ class Placement:
             )
         ]
 
+    def homes(self, call: Call) -> tuple[int | None, ...]:
+        """The rank of each row, None where it was never run."""
+        return tuple(self._rank.get((call.task_id, call.branch, row)) for row in range(batch_size(call)))
+
     def _pieces(self, call: Call, *, whole: bool, splittable: Callable[[Call], bool]) -> list[tuple[int, Piece]]:
         batch = batch_size(call)
         keys = [(call.task_id, call.branch, row) for row in range(batch)]

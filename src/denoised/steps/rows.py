@@ -26,6 +26,7 @@ class RowRules:
     shared: arguments that are the same for all rows, whatever their shape says.
     lists: arguments that are lists with one entry a row.
     dims: tensor arguments whose rows are along another dim than 0, and which.
+    folded: tensor arguments with several entries a row along dim 0, those of a row side by side (one a frame).
     padded: text arguments [rows, tokens, ...] that may be padded at the end, and the name of their mask
         [rows, tokens], which may be None: rows with texts of different lengths can then share a forward.
         "" for a model that is told the lengths instead.
@@ -36,6 +37,7 @@ class RowRules:
     shared: frozenset[str] = frozenset()
     lists: frozenset[str] = frozenset()
     dims: dict[str, int] = field(default_factory=dict)
+    folded: frozenset[str] = frozenset()
     padded: dict[str, str] = field(default_factory=dict)
     whole: bool = False
     trusted: bool = True
@@ -79,7 +81,11 @@ def row_pattern(call: Call, rules: RowRules) -> Any:
     """Which arguments carry rows: what a check of untrusted rules has to be repeated for."""
     batch = batch_size(call)
     return batch, tuple(
-        (name, name in rules.shared or _pattern(_rows_first(name, value, rules), batch, as_list=name in rules.lists))
+        (
+            name,
+            name in rules.shared
+            or _pattern(_rows_first(name, value, rules, batch), batch, as_list=name in rules.lists),
+        )
         for name, value in sorted(call.named_arguments().items())
     )
 
@@ -112,16 +118,22 @@ def _argument_signature(name: str, value: Tree, batch: int, rules: RowRules) -> 
         return ("padded", value.shape[2:], value.dtype)
     if name in rules.padded.values():
         return ("mask",)
-    return shape_signature(_rows_first(name, value, rules), batch, as_list=name in rules.lists)
+    return shape_signature(_rows_first(name, value, rules, batch), batch, as_list=name in rules.lists)
 
 
-def _rows_first(name: str, value: Tree, rules: RowRules) -> Tree:
-    """The argument with its rows along dim 0, where its shape tells them."""
-    return value.movedim(rules.dims[name], 0) if name in rules.dims and isinstance(value, torch.Tensor) else value
+def _rows_first(name: str, value: Tree, rules: RowRules, batch: int) -> Tree:
+    """The argument with its rows along dim 0, one entry a row, where its shape tells them."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if name in rules.folded:
+        return value.unflatten(0, (batch, -1))
+    return value.movedim(rules.dims[name], 0) if name in rules.dims else value
 
 
 def _rows_back(name: str, value: Tree, rules: RowRules) -> Tree:
     """The inverse of `_rows_first`."""
+    if name in rules.folded and isinstance(value, torch.Tensor):
+        return value.flatten(0, 1)
     return value.movedim(0, rules.dims[name]) if name in rules.dims and isinstance(value, torch.Tensor) else value
 
 
@@ -136,7 +148,7 @@ def _shared(call: Call, rules: RowRules) -> list[torch.Tensor]:
     for name, value in sorted(call.named_arguments().items()):
         if name in rules.padded or name in rules.padded.values():
             continue
-        value = _rows_first(name, value, rules)
+        value = _rows_first(name, value, rules, batch)
         leaves += shared_leaves(value, -1 if name in rules.shared else batch, as_list=name in rules.lists)
     return leaves
 
@@ -150,7 +162,7 @@ def arguments(piece: Piece, rules: RowRules) -> dict[str, Any]:
 
 
 def _taken(name: str, value: Tree, piece: Piece, rules: RowRules) -> Tree:
-    rows_first = _rows_first(name, value, rules)
+    rows_first = _rows_first(name, value, rules, piece.batch)
     return _rows_back(name, take(rows_first, piece.rows, piece.batch, as_list=name in rules.lists), rules)
 
 
@@ -170,7 +182,7 @@ def run(pieces: Sequence[Piece], rules: RowRules) -> list[Tree]:
 def _joined(name: str, values: list[Tree], batches: list[int], rules: RowRules) -> Tree:
     if name in rules.shared or len(values) == 1:
         return values[0]
-    rows_first = [_rows_first(name, value, rules) for value in values]
+    rows_first = [_rows_first(name, value, rules, batch) for value, batch in zip(values, batches, strict=True)]
     return _rows_back(name, concatenate(rows_first, batches, as_list=name in rules.lists), rules)
 
 

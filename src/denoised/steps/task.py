@@ -21,6 +21,8 @@ from denoised.steps.ambient import Ambient
 from denoised.steps.current import set_current_task
 from denoised.steps.deferred import Deferred, Source, Versions, plain, settled
 from denoised.steps.forward import Call, Stage, Target
+from denoised.steps.journal import Journal
+from denoised.steps.unknown import MissingValueError, NeedsValue, known
 
 # torch has one global generator for all threads: engines of one process take turns with it.
 _global_generator = threading.Lock()
@@ -31,7 +33,11 @@ class Cancelled(BaseException):
 
 
 class Task:
-    """`program()` with suspension. `arities` remembers, per denoiser, the outline of its output."""
+    """`program()` with suspension.
+
+    arities: remembers, per denoiser, the outline of its output.
+    journal: records what the program does, and answers it where it is run again; None: neither.
+    """
 
     def __init__(
         self,
@@ -41,6 +47,7 @@ class Task:
         seed: int,
         arities: dict[str, Any] | None = None,
         defer: bool = True,
+        journal: Journal | None = None,
     ) -> None:
         self.task_id = task_id
         self.pending: list[Call] = []
@@ -49,7 +56,7 @@ class Task:
         self.done = self.cancelled = False
         self.notes: list[str] = []
         self._program: Callable[[], Any] | None = program
-        self._defer = defer
+        self._defer, self.journal = defer, journal
         self._arities = arities if arities is not None else {}
         self._branch = 0
         self._state: dict[tuple[str, int], dict[str, Any]] = {}
@@ -113,6 +120,11 @@ class Task:
         )
         if is_denoiser:
             call.check_arguments()
+        if self.journal is not None:
+            if is_denoiser and (answer := self.journal.ask(call)) is not None:
+                self._branch += 1
+                return answer
+            call.args, call.kwargs = self.journal.arguments((call.args, call.kwargs))
         stateful = is_denoiser and call.stateful
         call.state = self._state.setdefault((target.name, call.branch), {})
         self.pending.append(call)
@@ -134,6 +146,8 @@ class Task:
 
     def learn(self, call: Call, value: Any) -> None:
         """Remember what a denoiser call gave, so that unpacking the next one does not force it."""
+        if self.journal is not None and call.target.stage is Stage.DENOISE:
+            self.journal.learn(call, value)
         key, found = _arity_key(call.target, call.kwargs), outline.of_output(value)
         if found is not None:
             self._arities[key] = outline.agreed(self._arities.get(key, found), found)
@@ -154,9 +168,11 @@ class Task:
         try:
             if not self.cancelled:
                 assert self._program is not None
-                self.value = settled(self._program())
+                self.value = known(settled(self._program()))
         except Cancelled:
             pass
+        except NeedsValue as need:
+            self.error = MissingValueError(str(need))
         except BaseException as error:
             unusual = RuntimeError(f"the pipeline raised {type(error).__name__}: {error}")
             self.error = _without_frames(error if isinstance(error, Exception) else unusual)

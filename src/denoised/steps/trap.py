@@ -57,6 +57,16 @@ def install(component: nn.Module, target: Target) -> None:
     object.__setattr__(component, target.method, trapped)
 
 
+class _Alike(type):
+    """A class that compares equal to the one it is made from: pipelines ask `type(scheduler) == SomeScheduler`."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__base__
+
+    def __hash__(cls) -> int:
+        return hash(cls.__base__)
+
+
 @functools.cache
 def stepped(scheduler_class: type) -> type:
     """`scheduler_class` whose `step` waits for its arguments and tells the task. A subclass, so that deep copies
@@ -64,16 +74,20 @@ def stepped(scheduler_class: type) -> type:
 
     @functools.wraps(scheduler_class.step)  # type: ignore[attr-defined]
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = scheduler_class.step(self, *plain(args), **plain(kwargs))  # type: ignore[attr-defined]
-        task = current_task()
+        args, kwargs, task = plain(args), plain(kwargs), current_task()
+        run = functools.partial(scheduler_class.step, self)  # type: ignore[attr-defined]
+        journal = task.journal if isinstance(task, Task) else None
+        result = run(*args, **kwargs) if journal is None else journal.step(self, run, args, kwargs)
         if isinstance(task, Task):
             task.new_step()
+            if (steps := self.__dict__.get("_count_steps")) is not None:
+                steps(len(self.timesteps))
             if (observe := self.__dict__.get("_observe_step")) is not None:
                 observe(args, kwargs, result)
         return result
 
     body = {"step": step, "__module__": scheduler_class.__module__, "__qualname__": scheduler_class.__qualname__}
-    return type(scheduler_class.__name__, (scheduler_class,), body)
+    return _Alike(scheduler_class.__name__, (scheduler_class,), body)
 
 
 class StepObserver:
@@ -107,7 +121,23 @@ class ProgressBar:
         return lambda *args, **kwargs: None  # set_postfix, refresh, close: drawing is the client's business
 
 
-def progress_bar(report: Callable[[int, int], None]) -> Callable[..., Any]:
+class StepCount:
+    """Reports `(step, total)` for programs without a progress bar, as their schedulers step. Shared by copies."""
+
+    def __init__(self, report: Callable[[int, int], None]) -> None:
+        self._report, self._step = report, 0
+        self.needed = True
+
+    def __call__(self, total: int) -> None:
+        if self.needed:
+            self._step += 1
+            self._report(self._step, max(total, self._step))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepCount:
+        return self
+
+
+def progress_bar(report: Callable[[int, int], None], steps: StepCount) -> Callable[..., Any]:
     """A replacement for `DiffusionPipeline.progress_bar`, in both of its forms."""
 
     def counted(bar: ProgressBar, iterable: Any) -> Iterator[Any]:
@@ -116,6 +146,7 @@ def progress_bar(report: Callable[[int, int], None]) -> Callable[..., Any]:
             bar.update()
 
     def make(iterable: Any = None, total: int | None = None) -> Any:
+        steps.needed = False
         bar = ProgressBar(report, total if total is not None else len(iterable))
         return contextlib.nullcontext(bar) if iterable is None else counted(bar, iterable)
 
@@ -123,13 +154,32 @@ def progress_bar(report: Callable[[int, int], None]) -> Callable[..., Any]:
 
 
 def request_copy(pipeline: Any, *, report: Callable[[int, int], None], observer: StepObserver | None) -> Any:
-    """A copy of `pipeline` for one request: modules shared, schedulers and other stateful components its own."""
-    own = copy.copy(pipeline)
-    for name, component in hf.stateful_components(pipeline).items():
-        duplicate = copy.deepcopy(component)
-        if hasattr(duplicate, "step") and hasattr(duplicate, "set_timesteps"):
-            duplicate.__class__ = stepped(duplicate.__class__)
-            duplicate.__dict__["_observe_step"] = observer
-        own.__dict__[name] = duplicate  # not setattr: that would rewrite the pipeline's own configuration
-    own.__dict__["progress_bar"] = progress_bar(report)
-    return own
+    """A copy of `pipeline` for one request: modules shared, schedulers and other stateful components its own.
+
+    Pipelines that it is made of are copied too, with the same duplicates: what is one object there stays one.
+    """
+    steps = StepCount(report)
+    duplicates: dict[int, Any] = {}
+
+    def duplicate(component: Any) -> Any:
+        if id(component) not in duplicates:
+            duplicates[id(component)] = _own_component(component, steps, observer)
+        return duplicates[id(component)]
+
+    def copied(original: Any) -> Any:
+        own = copy.copy(original)
+        # Not setattr: that would rewrite the pipeline's own configuration.
+        own.__dict__.update({n: duplicate(c) for n, c in hf.stateful_components(original).items()})
+        own.__dict__.update({n: copied(inner) for n, inner in hf.inner_pipelines(original).items()})
+        own.__dict__["progress_bar"] = progress_bar(report, steps)
+        return own
+
+    return copied(pipeline)
+
+
+def _own_component(component: Any, steps: StepCount, observer: StepObserver | None) -> Any:
+    duplicate = copy.deepcopy(component)
+    if hasattr(duplicate, "step") and hasattr(duplicate, "set_timesteps"):
+        duplicate.__class__ = stepped(duplicate.__class__)
+        duplicate.__dict__ |= {"_observe_step": observer, "_count_steps": steps}
+    return duplicate

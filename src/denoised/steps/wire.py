@@ -25,11 +25,13 @@ class DesyncError(EngineError):
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What all ranks said: whether any had errors, or outputs whose layout is news; whether rank 0 has commands."""
+    """What all ranks said: whether any had errors, or outputs whose layout is news; whether rank 0 has commands; and
+    the seconds that each was busy since the last one, equal on all."""
 
     errors: bool
     news: bool
     commands: bool
+    busy: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +76,13 @@ class Wire:
                 problems[key] = str(error)
         return problems
 
-    def header(self, *, digest: int, errors: bool, commands: bool, patience: float | None = None) -> Header:
+    def header(
+        self, *, digest: int, errors: bool, commands: bool, busy: float = 0.0, patience: float | None = None
+    ) -> Header:
         """Agree on what comes next.
 
         Args:
+            busy: seconds that this rank worked.
             patience: seconds to wait for the others, where they may be stuck in a forward that failed here.
 
         Raises:
@@ -85,7 +90,7 @@ class Wire:
         """
         # The sender knows whether a layout is news: what others remember is what it told them.
         news = any(self._layouts.get(key) != _layout(*flat) for key, flat in self._flat.items())
-        mine = torch.tensor([digest, errors, commands, news], dtype=torch.int64)
+        mine = torch.tensor([digest, errors, commands, news, round(busy * 1e6)], dtype=torch.int64)
         table = [torch.empty_like(mine) for _ in range(self.size)]
         self._gather(table, mine, patience)
         if any(row[0] != mine[0] for row in table):
@@ -94,6 +99,7 @@ class Wire:
             errors=any(bool(row[1]) for row in table),
             news=any(bool(row[3]) for row in table),
             commands=bool(table[0][2]),
+            busy=tuple(int(row[4]) / 1e6 for row in table),
         )
 
     def _gather(self, table: list[torch.Tensor], mine: torch.Tensor, patience: float | None) -> None:

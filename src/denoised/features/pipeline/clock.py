@@ -1,4 +1,4 @@
-"""When this rank was busy with its own blocks, and in what order things happened.
+"""When this rank ran its own blocks, when it waited for others, and in what order things happened.
 
 On an accelerator times are events of its stream, read only when somebody asks: measuring waits for nothing.
 """
@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import torch
 
-What = Literal["begin", "end", "output"]
+What = Literal["start", "begin", "end", "wait", "resume", "output"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """Something that happened on this rank: it began or ended one of its blocks for a row, or got a row's output."""
+    """Something that happened on this rank: it began or ended one of its blocks for a row, waited for another stage
+    and resumed, or got a row's output."""
 
     row: int
     what: What
@@ -33,11 +34,19 @@ class Clock:
         self.row = 0
         self.marks: list[Mark] = []
 
+    def at(self, device: torch.device) -> None:
+        """Forwards run there from now on; times of two clocks cannot be compared."""
+        if device.type != self.device.type:
+            self.device = device
+            self.start()
+        self.device = device
+
     def start(self) -> None:
         self.row, self.marks = 0, []
+        self.mark("start")
 
-    def mark(self, what: What, row: int | None = None) -> None:
-        self.marks.append(Mark(row=self.row if row is None else row, what=what, time=self._now()))
+    def mark(self, what: What) -> None:
+        self.marks.append(Mark(row=self.row, what=what, time=self._now()))
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -45,13 +54,17 @@ class Clock:
         yield
         self.mark("end")
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        self.mark("wait")
+        yield
+        self.mark("resume")
+
     def bubble(self) -> float:
-        """The share of the time, from the first block begun to the last output, in which this rank ran no block."""
-        if len(self.marks) < 2:
-            return 0.0
+        """The share of the time, from the start to the last output, in which this rank waited for others."""
         pairs = zip(self.marks, self.marks[1:], strict=False)
-        busy = sum(self._seconds(a, b) for a, b in pairs if (a.what, b.what) == ("begin", "end"))
-        return 1.0 - busy / max(self._seconds(self.marks[0], self.marks[-1]), 1e-9)
+        waited = sum(self._seconds(a, b) for a, b in pairs if (a.what, b.what) == ("wait", "resume"))
+        return waited / max(self._seconds(self.marks[0], self.marks[-1]), 1e-9) if self.marks else 0.0
 
     def _now(self) -> Any:
         if self.device.type != "cuda":

@@ -45,8 +45,16 @@ class Event:
     output: Any
     stages: tuple[frozenset[int], ...]
 
+    def is_for(self, stage: int) -> bool:
+        return any(stage in needed for needed in self.stages)
 
-Record = tuple[Event, ...]
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A forward: its calls of blocks. home: the stage that has its output, which is that of the last of them."""
+
+    events: tuple[Event, ...]
+    home: int
 
 
 def tensors(tree: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ where it goes. Those after it are `Ride`s: only what a stage needs is sent to it
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,27 +18,47 @@ from torch.utils._python_dispatch import _disable_current_modes
 from denoised.errors import EngineError
 from denoised.features.pipeline.clock import Clock
 from denoised.features.pipeline.layout import Event, Record, Shape, fill, outlines, replace, shapes, tensors
+from denoised.features.pipeline.mail import Mail
+from denoised.features.pipeline.order import parts
+from denoised.features.pipeline.plan import Key, Way
 from denoised.features.pipeline.watch import Source, Sources, Watch
 from denoised.steps import collectives
-from denoised.steps.collectives import Group, Posted
+from denoised.steps.collectives import Group
 
 Function = Callable[..., Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Route:
-    """Who runs what: the blocks' names and stages, and the group, in which rank s is stage s."""
+    """Who runs what: the blocks' names, costs and stages, and the group, in which rank s is stage s."""
 
-    def __init__(self, *, names: list[str], stages: list[int], group: Group, device: torch.device) -> None:
-        self.names, self.stages, self.group, self.device = names, stages, group, device
+    def __init__(
+        self,
+        *,
+        names: list[str],
+        costs: Sequence[float],
+        stages: Sequence[int],
+        group: Group,
+        device: torch.device,
+    ) -> None:
+        self.names, self.costs, self.stages, self.group, self.device = names, costs, stages, group, device
         self.here, self.size = group.rank(), group.size()
+        # With one range a stage, rows that follow each other lose nothing, and need not be held at once.
+        self.interleaved = len(parts(stages, costs)) > self.size
 
     def is_own(self, block: int) -> bool:
         return self.stages[block] == self.here
 
+    def way(self, record: Record) -> Way:
+        blocks = [event.block for event in record.events]
+        return Way(record=record, parts=parts([self.stages[b] for b in blocks], [self.costs[b] for b in blocks]))
+
 
 class Passage(Protocol):
     error: Exception | None
+
+    def run(self, function: Function, arguments: Arguments) -> Any:
+        """The forward's output."""
 
     def block(self, index: int, function: Function, arguments: Arguments) -> Any:
         """What the block gives, called in the order of the program."""
@@ -51,35 +71,56 @@ class OffRecordError(Exception):
 class Ride:
     """A forward whose signature is known.
 
-    error: what a block raised here. The row goes on with blanks, because other stages wait for what it would send;
-    whoever started the forward raises it when the row has ended.
+    Whatever happens here, the other stages get the letters that they wait for, with blanks in them.
+
+    pause: called where the row waits for its next turn.
+    error: what a block raised here; whoever started the forward raises it when the row has ended.
     """
 
-    def __init__(self, route: Route, record: Record, clock: Clock, posted: list[Posted]) -> None:
-        self._route, self._clock, self._posted = route, clock, posted
-        self._events = iter(record)
+    def __init__(self, row: int, way: Way, route: Route, clock: Clock, mail: Mail, pause: Callable[[], None]) -> None:
+        self._row, self._route, self._clock, self._mail, self._pause = row, route, clock, mail, pause
+        self._events, self._pauses = way.record.events, way.pauses(route.here)
+        self._turns = frozenset(way.starts)
+        self._next = 0
         self.error: Exception | None = None
 
-    def block(self, index: int, function: Function, arguments: Arguments) -> Any:
-        event = next(self._events, None)
-        if event is None or event.block != index:
-            raise OffRecordError
-        if not self._route.is_own(index):
-            return fill(event.output, lambda number, shape: self._stand_in(event, number, shape))
-        output = self._attempt(event, function, arguments)
-        self._send(event, output)
+    def run(self, function: Function, arguments: Arguments) -> Any:
+        try:
+            output = function(*arguments[0], **arguments[1])
+            if self._next < len(self._events):
+                raise OffRecordError
+        except Exception:
+            self._keep_promises()
+            raise
         return output
 
-    def finish(self) -> None:
-        """The program has ended: so should the record."""
-        if next(self._events, None) is not None:
+    def block(self, index: int, function: Function, arguments: Arguments) -> Any:
+        if self._next == len(self._events) or self._events[self._next].block != index:
             raise OffRecordError
+        return self._event(lambda event: self._attempt(event, function, arguments))
 
-    def _stand_in(self, event: Event, number: int, shape: Shape) -> torch.Tensor:
-        route = self._route
-        if route.here not in event.stages[number]:
-            return shape.blank(route.device)
-        return collectives.receive(shape.outline(route.device), route.group, source=route.stages[event.block])
+    def _keep_promises(self) -> None:
+        """The rest of the record, with blanks, at the same points of the order."""
+        while self._next < len(self._events) and self._mail.failure is None:
+            self._event(self._blanks)
+
+    def _event(self, own: Callable[[Event], Any]) -> Any:
+        number = self._next
+        if number in self._pauses:
+            self._pause()
+        self._next, event = number + 1, self._events[number]
+        if not self._route.is_own(event.block):
+            return fill(event.output, lambda leaf, shape: self._stand_in(Key(self._row, number, leaf), shape))
+        if number in self._turns:
+            self._mail.settle(self._row)
+        output = own(event)
+        self._send(number, output)
+        return output
+
+    def _stand_in(self, key: Key, shape: Shape) -> torch.Tensor:
+        if self._route.here not in self._events[key.event].stages[key.leaf]:
+            return shape.blank(self._route.device)
+        return self._mail.take(key)
 
     def _attempt(self, event: Event, function: Function, arguments: Arguments) -> Any:
         if self.error is None:
@@ -87,6 +128,9 @@ class Ride:
                 return self._run(event, function, arguments)
             except Exception as error:
                 self.error = error
+        return self._blanks(event)
+
+    def _blanks(self, event: Event) -> Any:
         return fill(event.output, lambda _, shape: shape.blank(self._route.device))
 
     def _run(self, event: Event, function: Function, arguments: Arguments) -> Any:
@@ -96,37 +140,48 @@ class Ride:
             raise EngineError(f"{self._route.names[event.block]} gave other shapes than in the first such forward")
         return output
 
-    def _send(self, event: Event, output: Any) -> None:
-        for tensor, stages in zip(tensors(output), event.stages, strict=True):
+    def _send(self, number: int, output: Any) -> None:
+        leaves = zip(tensors(output), self._events[number].stages, strict=True)
+        for leaf, (tensor, stages) in enumerate(leaves):
             for stage in sorted(stages):
-                self._posted.append(Posted(tensor, self._route.group, to=stage))
+                self._mail.send(Key(self._row, number, leaf), stage, tensor)
 
 
 class Scout:
-    """A forward whose signature is new. An error in a block is raised on all stages."""
+    """A forward whose signature is new. An error in a block is raised on all stages.
+
+    learned: gets what was found out.
+    """
 
     error: Exception | None = None
 
-    def __init__(self, route: Route, clock: Clock) -> None:
-        self._route, self._clock = route, clock
+    def __init__(self, route: Route, clock: Clock, learned: Callable[[Record], None]) -> None:
+        self._route, self._clock, self._learned = route, clock, learned
         self._calls: list[tuple[int, Any]] = []
         self._users: defaultdict[Source, set[int]] = defaultdict(set)
-        self.watch = Watch()
+        self._watch = Watch()
+
+    def run(self, function: Function, arguments: Arguments) -> Any:
+        with self._watch:
+            output = function(*arguments[0], **arguments[1])
+        self._learned(self._record(output))
+        return output
 
     def block(self, index: int, function: Function, arguments: Arguments) -> Any:
         used = tensors(arguments)
-        self._use(self.watch.sources(used), {self._route.stages[index]})
+        self._use(self._watch.sources(used), {self._route.stages[index]})
         with _disable_current_modes():
             output = self._run(index, function, arguments, used)
         for number, tensor in enumerate(tensors(output)):
-            self.watch.mark(tensor, (len(self._calls) - 1, number))
+            self._watch.mark(tensor, (len(self._calls) - 1, number))
         return output
 
-    def record(self, output: Any) -> Record:
-        """What was learned; `output` is that of the model, which the last stage will give to the others."""
-        self._use(self.watch.sources(tensors(output)), {self._route.size - 1})
-        self._use(self.watch.decisive, set(range(self._route.size)))
-        return tuple(self._event(number) for number in range(len(self._calls)))
+    def _record(self, output: Any) -> Record:
+        """What was learned; `output` is that of the model, which the stage of the last block gives to the others."""
+        home = self._route.stages[self._calls[-1][0]] if self._calls else 0
+        self._use(self._watch.sources(tensors(output)), {home})
+        self._use(self._watch.decisive, set(range(self._route.size)))
+        return Record(events=tuple(self._event(number) for number in range(len(self._calls))), home=home)
 
     def _event(self, number: int) -> Event:
         block, output = self._calls[number]
@@ -142,7 +197,8 @@ class Scout:
         """The block's output, broadcast by its stage: all get tensors of their own, so that none is another's view."""
         route, source = self._route, self._route.stages[index]
         output, problem = self._attempt(index, function, arguments, used) if route.is_own(index) else (None, None)
-        outline, problem = self._agree((shapes(output), problem), source)
+        with self._clock.waiting():
+            outline, problem = self._agree((shapes(output), problem), source)
         if problem:
             raise EngineError(problem)
         self._calls.append((index, outline))

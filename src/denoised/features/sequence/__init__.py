@@ -23,15 +23,28 @@ def apply(model: nn.Module, spec: ModelSpec, *, ring: Group, ulysses: Group, mod
     Raises:
         InvalidConfigError: the model has no plan that works, or its heads cannot be dealt evenly in mode "strict".
     """
-    axes = Axes(ring=ring, ulysses=ulysses)
+    spread = _checked(model, spec, Axes(ring=ring, ulysses=ulysses), mode)
+    if spread is not None:
+        spread.wrap()
+
+
+def check(model: nn.Module, spec: ModelSpec, *, ring: Group, ulysses: Group, mode: str) -> None:
+    """What `apply` refuses, with nothing changed and no weight read. Raises InvalidConfigError."""
+    _checked(model, spec, Axes(ring=ring, ulysses=ulysses), mode)
+
+
+def _checked(model: nn.Module, spec: ModelSpec, axes: Axes, mode: str) -> Spread | None:
+    """What spreads the model; None where there is one rank."""
     if axes.size == 1:
-        return
+        return None
     plan = plan_of(model, spec.sequence_plan)
     if plan is None:
         raise InvalidConfigError(_no_plan(type(model).__name__, axes))
     if mode == STRICT:
-        _check_heads(model, ulysses.size())
-    Spread(model, plan, axes, mode).wrap()
+        _check_heads(model, axes.ulysses.size())
+    spread = Spread(model, plan, axes, mode)
+    spread.check()
+    return spread
 
 
 def _no_plan(name: str, axes: Axes) -> str:

@@ -40,9 +40,20 @@ class Spread:
 
     # ------------------------------------------------------------------ wrapping
 
+    def check(self) -> None:
+        """Whether the model has what the plan names. Raises InvalidConfigError."""
+        for module, (cuts, _) in self._edits().items():
+            self._check_names(cuts, list(inspect.signature(module.forward).parameters))
+
     def wrap(self) -> None:
         for name, module in attention_modules(self._model):
             self._wrap_attention(name, module)
+        for module, (cuts, gathers) in self._edits().items():
+            self._wrap_edits(module, cuts, gathers)
+        self._wrap_model()
+
+    def _edits(self) -> dict[nn.Module, tuple[list[Cut], list[Gather]]]:
+        """What the plan does at each module."""
         edits: dict[nn.Module, tuple[list[Cut], list[Gather]]] = {}
         for cut in self._plan.cuts:
             for module in self._modules(cut.module):
@@ -50,9 +61,7 @@ class Spread:
         for gather in self._plan.gathers:
             for module in self._modules(gather.module):
                 edits.setdefault(module, ([], []))[1].append(gather)
-        for module, (cuts, gathers) in edits.items():
-            self._wrap_edits(module, cuts, gathers)
-        self._wrap_model()
+        return edits
 
     def _modules(self, path: str) -> list[nn.Module]:
         found = find(self._model, path.split(".") if path else [])
@@ -92,7 +101,6 @@ class Spread:
     def _wrap_edits(self, module: nn.Module, cuts: list[Cut], gathers: list[Gather]) -> None:
         forward = module.forward
         names = list(inspect.signature(forward).parameters)
-        self._check_names(cuts, names)
 
         @functools.wraps(forward)
         def edited(*args: Any, **kwargs: Any) -> Any:

@@ -103,4 +103,5 @@ def _small_decode(vae: Any) -> None:
     """Decode latents of two by two, in two frames where the decoder's convolutions are in time too."""
     weight = next(parameter for parameter in vae.decoder.parameters() if parameter.ndim > 3)
     channels = vae.config.get("latent_channels") or vae.config["z_dim"]
-    vae.decode(weight.new_zeros(1, channels, *[2] * (weight.ndim - 2)))
+    # Not `weight.new_zeros`: the weight may still be in its file.
+    vae.decode(torch.zeros(1, channels, *[2] * (weight.ndim - 2), dtype=weight.dtype, device=weight.device))

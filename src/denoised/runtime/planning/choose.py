@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from denoised.config import EngineConfig, validate
 from denoised.errors import InvalidConfigError
 from denoised.runtime.planning.facts import ModelFacts
 from denoised.runtime.planning.hardware import GIB, Hardware
-from denoised.runtime.planning.layout import FIELDS, Layout, admissible, problem
+from denoised.runtime.planning.layout import FIELDS, Layout, admissible, idle, problem
 from denoised.runtime.planning.memory import Memory
 from denoised.runtime.planning.prediction import Prediction, predict
 
@@ -21,14 +20,14 @@ MOST_RANKS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """A layout's prediction, and why this version cannot start it, if so."""
+    """A layout's prediction. idle: some ranks have no row of these requests; the engine starts it all the same."""
 
     prediction: Prediction
-    refusal: str | None
+    idle: bool
 
     @property
     def good(self) -> bool:
-        return self.prediction.fits and self.refusal is None
+        return self.prediction.fits and not self.idle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +48,12 @@ def plan(model: ModelFacts, hardware: Hardware, num_ranks: int) -> Plan:
     """All layouts of this many ranks, best first.
 
     Raises:
-        InvalidConfigError: there is none, or none fits.
+        InvalidConfigError: none keeps all ranks busy, or none fits.
     """
     options = _options(model, hardware, num_ranks)
-    if not options:
+    if all(option.idle for option in options):
         raise InvalidConfigError(_no_layout(model, num_ranks))
-    if not any(option.prediction.fits for option in options):
+    if not any(option.good for option in options):
         raise InvalidConfigError(_too_large(options[0].prediction, model, hardware))
     return Plan(model=model, hardware=hardware, options=options, why=_why(options, model, hardware))
 
@@ -75,25 +74,17 @@ def plan_one(model: ModelFacts, hardware: Hardware, layout: Layout) -> Plan:
 
 
 def _option(layout: Layout, model: ModelFacts, hardware: Hardware) -> Option:
-    return Option(prediction=predict(layout, model, hardware), refusal=_refusal(layout))
-
-
-def _refusal(layout: Layout) -> str | None:
-    """What the table of allowed settings says to this layout."""
-    try:
-        validate(EngineConfig(parallel_config=layout.config()))
-    except InvalidConfigError as error:
-        return str(error)
-    return None
+    return Option(prediction=predict(layout, model, hardware), idle=idle(layout, model))
 
 
 def _options(model: ModelFacts, hardware: Hardware, num_ranks: int) -> tuple[Option, ...]:
-    """The best of each set of axes, with and without HSDP: of VAE and text encoder settings one is enough."""
+    """The best of each set of axes, with and without HSDP and dealt experts: of VAE and text encoder settings one is
+    enough."""
     every = sorted((_option(layout, model, hardware) for layout in admissible(model, num_ranks)), key=_order)
     first: dict[tuple[object, ...], Option] = {}
     for option in every:
         layout = option.prediction.layout
-        first.setdefault((*(getattr(layout, axis) for axis in FIELDS), layout.hsdp), option)
+        first.setdefault((*(getattr(layout, axis) for axis in FIELDS), layout.hsdp, layout.experts), option)
     return tuple(first.values())
 
 
@@ -101,7 +92,7 @@ def _order(option: Option) -> tuple[object, ...]:
     """What can be used, by time; among equals the simplest, then the one with most room."""
     found = option.prediction
     time = round(math.log(found.total) / math.log(EQUAL)) if found.total > 0 else 0
-    usable = (not found.fits, option.refusal is not None)
+    usable = (option.idle, not found.fits)
     return (*usable, time if found.fits else 0, _settings(found.layout) if found.fits else 0, found.memory.total)
 
 
@@ -112,10 +103,14 @@ def _settings(layout: Layout) -> int:
 
 def _why(options: tuple[Option, ...], model: ModelFacts, hardware: Hardware) -> str:
     best = options[0].prediction
-    parts = [_speed(best, model, hardware), _cost(best), f"{_gib(best.room - best.memory.total)} GiB a rank stay free"]
-    text = f"{best.layout.name()}: {', '.join(part for part in parts if part)}."
-    refusal = options[0].refusal
-    return text if refusal is None else f"{text} This version does not start it: {refusal}"
+    waits = "some ranks have nothing to do (ask with a larger --requests)" if options[0].idle else ""
+    parts = [
+        _speed(best, model, hardware),
+        _cost(best),
+        waits,
+        f"{_gib(best.room - best.memory.total)} GiB a rank stay free",
+    ]
+    return f"{best.layout.name()}: {', '.join(part for part in parts if part)}."
 
 
 def _speed(best: Prediction, model: ModelFacts, hardware: Hardware) -> str:
@@ -132,11 +127,10 @@ def _cost(best: Prediction) -> str:
 
 
 def _no_layout(model: ModelFacts, num_ranks: int) -> str:
-    possible = [n for n in range(1, MOST_RANKS + 1) if next(iter(admissible(model, n)), None) is not None]
-    near = [n for n in possible if n <= num_ranks]
+    near = [n for n in range(1, num_ranks) if any(not idle(layout, model) for layout in admissible(model, n))]
     return (
-        f"gpus={num_ranks}: {model.pipeline} has no layout of {num_ranks} ranks for {model.num_rows} rows in flight; "
-        f"use {', '.join(map(str, near))} or ask with a larger --requests."
+        f"gpus={num_ranks}: {model.pipeline} has no layout that keeps {num_ranks} ranks busy with {model.num_rows} "
+        f"rows in flight; use {', '.join(map(str, near))} or ask with a larger --requests."
     )
 
 
@@ -157,7 +151,7 @@ def _largest(memory: Memory) -> tuple[str, float]:
 def _way_out(num_ranks: int, model: ModelFacts, hardware: Hardware) -> str:
     """The fewest ranks, from those asked for on, that hold it."""
     while num_ranks <= MOST_RANKS:
-        fitting = [o for o in _options(model, hardware, num_ranks) if o.prediction.fits]
+        fitting = [o for o in _options(model, hardware, num_ranks) if o.good]
         if fitting:
             return f"{num_ranks} hold it with {fitting[0].prediction.layout.flags()}"
         num_ranks *= 2

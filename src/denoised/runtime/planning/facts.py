@@ -13,13 +13,15 @@ Role = Literal["denoiser", "encoder", "vae", "other"]
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One part of the pipeline. `heads`: of a text encoder, by which its tensor degree is limited; 0: not known."""
+    """One part of the pipeline. degrees: ranks that can share its matrices, of a text encoder. hsdp: why its weights
+    cannot be sharded."""
 
     name: str
     class_name: str
     role: Role
     num_params: int
-    heads: int = 0
+    degrees: tuple[int, ...] = ()
+    hsdp: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +44,13 @@ class Work:
 
     divisible_params, whole_params: weights that tensor parallelism divides, and those that it copies.
     token_flops: what sequence and tensor parallelism divide; attention_flops is the part of it inside attention.
-    once_flops: what all ranks compute, from the timestep.
+    once_flops: what all ranks of the tensor and sequence axes compute: from the timestep, and what is not divided.
     reduced, num_reduces: values summed over tensor ranks, and in how many calls. gathered, num_gathers: likewise those
         that are put together from the ranks' parts.
     exchanged, num_attentions: queries, keys, values and answers of all self-attentions, in values: what Ulysses moves.
+    cut_experts, whole_experts: of divisible_params and whole_params, those of experts. expert_reduced, expert_reduces:
+        likewise of reduced and num_reduces. mixed: values that mixtures of experts give; num_mixtures: how many there
+        are. routed: values that go to experts.
     widest: the most values of a token inside a layer.
     """
 
@@ -60,6 +65,13 @@ class Work:
     num_gathers: int = 0
     exchanged: float = 0
     num_attentions: int = 0
+    cut_experts: int = 0
+    whole_experts: int = 0
+    expert_reduced: float = 0
+    expert_reduces: int = 0
+    mixed: float = 0
+    num_mixtures: int = 0
+    routed: float = 0
     widest: int = 0
 
     @property
@@ -79,11 +91,34 @@ _SUMMED = tuple(name for name in Work.__dataclass_fields__ if name != "widest")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the features accept of one denoiser: degrees, and refusals in their own words (None: accepted).
+
+    tensor, tensor_beside_experts: degrees; the latter where experts are dealt whole.
+    experts, spread_experts: why experts cannot be dealt to tensor ranks, and to sequence ranks.
+    sequence: why its sequence cannot be spread. ulysses: degrees (times the tensor axis) that deal heads evenly.
+    fixed_lengths: the sequence that is cut is the picture's alone, so that its length is known.
+    hsdp: why its weights cannot be sharded.
+    """
+
+    num_blocks: int
+    tensor: tuple[int, ...]
+    tensor_beside_experts: tuple[int, ...]
+    num_experts: int
+    experts: str | None
+    spread_experts: str | None
+    sequence: str | None
+    ulysses: tuple[int, ...]
+    fixed_lengths: bool
+    hsdp: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Denoiser:
     """A denoiser: its blocks in order of execution, and the rest, which every rank holds and computes.
 
-    heads: of its attentions; several numbers where they differ. Empty without blocks of a transformer (a UNet), where
-    only whole rows can be dealt. width: values of one token between blocks.
+    heads: of its attentions; several numbers where they differ. width: values of one token between blocks.
+    live: bytes that live at once in a row's forward, where it was traced (a UNet); 0: estimated from tokens.
     """
 
     name: str
@@ -92,14 +127,12 @@ class Denoiser:
     rest: Work
     heads: frozenset[int]
     width: int
+    limits: Limits
+    live: float = 0.0
 
     @cached_property
     def work(self) -> Work:
         return sum(self.blocks, self.rest)
-
-    @property
-    def divisible(self) -> bool:
-        return bool(self.heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +141,7 @@ class ModelFacts:
 
     itemsize: bytes of a weight. num_rows: guidance branches x requests in flight. latent_values: of one prediction.
     decode_flops, decode_bytes: of the VAE on one output; None where it could not be traced.
-    vae_tiles: the VAE can decode in tiles, which ranks can share.
+    vae_refusal: why tiles of the VAE cannot be dealt; None: they can.
     """
 
     model: str
@@ -124,7 +157,7 @@ class ModelFacts:
     latent_values: int
     decode_flops: float | None
     decode_bytes: float | None
-    vae_tiles: bool
+    vae_refusal: str | None
 
     @property
     def flops_per_row(self) -> float:

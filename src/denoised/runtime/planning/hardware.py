@@ -1,4 +1,4 @@
-"""What devices can do, as their makers publish it. Nothing here was measured by us unless it says so.
+"""What devices can do, as their makers publish it, and what a CPU of this kind was measured to do.
 
 Peaks are dense (no sparsity), with 32-bit accumulation. Links are bytes a second in one direction.
 """
@@ -24,7 +24,9 @@ class Hardware:
     efficiency, conv_efficiency: share of the peak that transformer blocks, and convolutions of VAEs, reach: a
         guess for kernels of PyTorch, that measurements should replace (`dataclasses.replace`).
     per_node: devices that `link` joins.
-    shared: ranks share one device, its memory and its speed, as processes on the cores of a CPU do.
+    cores: ranks share one device, its memory and so many cores, as processes on a CPU do; 0: each has its own device.
+    threads: cores that one rank uses; None: its share of them.
+    overlaps: exchanges go on beside computation, and do not take its time.
     """
 
     name: str
@@ -38,16 +40,21 @@ class Hardware:
     efficiency: float = 0.5
     conv_efficiency: float = 0.25
     per_node: int = 8
-    shared: bool = False
+    cores: int = 0
+    threads: int | None = None
+    overlaps: bool = True
 
     def flops(self, itemsize: int, num_ranks: int) -> float:
         """Peak of one rank, for values of this many bytes."""
         peak = self.half_flops if itemsize == 2 else self.full_flops
-        return peak / num_ranks if self.shared else peak
+        if not self.cores:
+            return peak
+        most = self.cores if self.threads is None else self.threads
+        return peak * min(most / self.cores, 1 / num_ranks)
 
     def room(self, num_ranks: int) -> float:
         """Bytes that one rank can have."""
-        return self.memory * USABLE / (num_ranks if self.shared else 1)
+        return self.memory * USABLE / (num_ranks if self.cores else 1)
 
     def bandwidth(self, span: int) -> float:
         """Bytes a second between ranks, if the group reaches over `span` neighbouring ranks."""
@@ -121,19 +128,20 @@ HARDWARE: dict[str, Hardware] = {
         latency=20e-6,
         efficiency=0.35,
     ),
-    # Two cores and 16 GB of a virtual machine, for checks of predictions where there is no GPU. A matrix product of
-    # 1024 ran at 29 GFLOP/s in float32 and 81 in bfloat16 on one of them, a copy at 10 GB/s; the rest is guessed.
+    # Two cores of a virtual machine, measured by `measuring.py` (docs/plan.md): what one core computes, twice, and
+    # what two processes exchange with gloo.
     "cpu": Hardware(
         name="CPU",
-        half_flops=160e9,
-        full_flops=60e9,
+        half_flops=400e9,
+        full_flops=165e9,
         memory=16 * GIB,
-        memory_bandwidth=10e9,
-        link=2e9,
+        memory_bandwidth=17.5e9,
+        link=1.5e9,
         network=1e9,
-        latency=200e-6,
-        efficiency=0.6,
-        conv_efficiency=0.4,
-        shared=True,
+        latency=350e-6,
+        efficiency=0.68,
+        conv_efficiency=0.88,
+        cores=2,
+        overlaps=False,
     ),
 }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
-from denoised.config import DiffusionParallelConfig
-from denoised.runtime.planning.facts import Denoiser, ModelFacts
+from denoised.config import DiffusionParallelConfig, EngineConfig, validate
+from denoised.errors import InvalidConfigError
+from denoised.runtime.planning.facts import Component, Denoiser, ModelFacts
 
 # Axis of the mesh to the field of the configuration, outermost first.
 FIELDS = {
@@ -26,6 +27,7 @@ class Layout:
     """Sizes of the mesh's axes, and what is laid over them.
 
     hsdp: weights are sharded over the ranks that would hold equal ones, which keep `copies` of them.
+    experts: experts are dealt whole to the ranks of the tensor and sequence axes.
     uneven: head counts and lengths that do not divide are allowed (ulysses_mode="advanced_uaa").
     """
 
@@ -36,6 +38,7 @@ class Layout:
     tensor: int = 1
     hsdp: bool = False
     copies: int = 1
+    experts: bool = False
     vae_patch: int = 1
     text_encoder_tp: int = 1
     uneven: bool = False
@@ -69,6 +72,7 @@ class Layout:
             **sizes,
             use_hsdp=self.hsdp,
             hsdp_replicate_size=self.copies,
+            enable_expert_parallel=self.experts,
             vae_patch_parallel_size=self.vae_patch,
             text_encoder_tp_size=self.text_encoder_tp,
             ulysses_mode=mode,
@@ -78,6 +82,7 @@ class Layout:
         """In words, short: cfg 2 x ulysses 4, hsdp."""
         axes = [f"{axis} {getattr(self, axis)}" for axis in FIELDS if getattr(self, axis) > 1]
         words = [" x ".join(axes) or "one rank"] + ["hsdp"] * self.hsdp
+        words += ["experts dealt"] * self.experts
         words += [f"vae patches {self.vae_patch}"] * (self.vae_patch > 1)
         words += [f"text encoders {self.text_encoder_tp}"] * (self.text_encoder_tp > 1)
         return ", ".join(words)
@@ -86,6 +91,7 @@ class Layout:
         """The same on the command line."""
         words = [f"{flag} {getattr(self, axis)}" for axis, flag in FLAGS.items() if getattr(self, axis) > 1]
         words += ["--ulysses-mode advanced_uaa"] if self.uneven else []
+        words += ["--enable-expert-parallel"] if self.experts else []
         words += ["--use-hsdp"] if self.hsdp else []
         words += [f"--hsdp-replicate-size {self.copies}"] if self.copies > 1 else []
         words += [f"--vae-patch-parallel-size {self.vae_patch}"] if self.vae_patch > 1 else []
@@ -98,32 +104,49 @@ def of_config(config: DiffusionParallelConfig) -> Layout:
     return Layout(
         **{axis: getattr(config, field) for axis, field in FIELDS.items()},
         hsdp=config.use_hsdp,
-        copies=config.hsdp_replicate_size,
+        copies=_copies(config),
+        experts=config.enable_expert_parallel,
         vae_patch=config.vae_patch_parallel_size,
         text_encoder_tp=config.text_encoder_tp_size,
         uneven=config.ulysses_mode == "advanced_uaa",
     )
 
 
+def _copies(config: DiffusionParallelConfig) -> int:
+    """As many as are asked for, by number or by the size of one."""
+    shards = config.hsdp_shard_size
+    return config.hsdp_replicate_size if shards == -1 else config.num_weight_copies // shards
+
+
 def admissible(model: ModelFacts, num_ranks: int) -> Iterator[Layout]:
-    """All layouts of this many ranks that the model's sizes allow and that leave no rank idle."""
+    """All layouts of this many ranks that the engine would start."""
     for cfg, pipeline, ring, ulysses, tensor in _products(num_ranks, len(FIELDS)):
         base = Layout(cfg=cfg, pipeline=pipeline, ring=ring, ulysses=ulysses, tensor=tensor)
-        if problem(base, model) is None:
-            yield from (layout for layout in _overlays(base, model) if problem(layout, model) is None)
+        base = replace(base, uneven=base.sequence > 1 and not _is_even(base, model))
+        yield from (layout for layout in _overlays(base, model) if problem(layout, model) is None)
+
+
+def _is_even(layout: Layout, model: ModelFacts) -> bool:
+    """Whether lengths and heads divide, whatever the prompt."""
+    known = all(denoiser.limits.fixed_lengths for denoiser in model.denoisers)
+    heads = all(layout.ulysses * layout.tensor in denoiser.limits.ulysses for denoiser in model.denoisers)
+    return known and heads and model.tokens.image % layout.sequence == 0
 
 
 def _overlays(base: Layout, model: ModelFacts) -> Iterator[Layout]:
-    ranks = base.num_ranks
-    for hsdp, vae, text in itertools.product((False, True), {1, ranks}, sorted({1, *_encoder_degrees(base, model)})):
-        yield replace(base, hsdp=hsdp, vae_patch=vae, text_encoder_tp=text)
+    """A layout with and without what may lie over it; what acts on a whole request is taken where it can act."""
+    vae = base.num_ranks if model.vae_refusal is None else 1
+    text = sorted({1, *_encoder_degrees(base, model)})
+    experts = {False, any(denoiser.limits.num_experts for denoiser in model.denoisers)}
+    for hsdp, dealt, patches, degree in itertools.product((False, True), sorted(experts), sorted({1, vae}), text):
+        yield replace(base, hsdp=hsdp, experts=dealt, vae_patch=patches, text_encoder_tp=degree)
 
 
 def _encoder_degrees(base: Layout, model: ModelFacts) -> list[int]:
-    """The largest degree that the ranks and the heads of all text encoders admit."""
-    heads = [part.heads for part in model.components if part.role == "encoder"]
+    """The largest degree that the ranks and all text encoders admit."""
+    encoders = [part for part in model.components if part.role == "encoder"]
     degrees = [d for d in range(2, base.num_ranks + 1) if base.num_ranks % d == 0]
-    good = [d for d in degrees if heads and all(h and h % d == 0 for h in heads)]
+    good = [d for d in degrees if encoders and all(d in part.degrees for part in encoders)]
     return good[-1:]
 
 
@@ -136,74 +159,102 @@ def _products(total: int, num_factors: int) -> Iterator[tuple[int, ...]]:
 
 
 def problem(layout: Layout, model: ModelFacts) -> str | None:
-    """Why the model does not admit this layout: one sentence, or None."""
+    """Why the engine would refuse this layout: one sentence, or None."""
+    if layout.num_ranks == 1 and layout == Layout():
+        return None
     problems = (_problem_of(layout, denoiser) for denoiser in model.denoisers)
-    return _idle(layout, model) or next(filter(None, problems), None) or _overlay_problem(layout, model)
+    return _refused_by_table(layout) or next(filter(None, problems), None) or _other_problem(layout, model)
 
 
-def _idle(layout: Layout, model: ModelFacts) -> str | None:
-    if layout.cfg > model.num_rows:
-        return (
-            f"cfg_parallel_size={layout.cfg} is more than the {model.num_rows} rows in flight (guidance branches x "
-            f"requests), so ranks would be idle; use at most {model.num_rows} or ask with a larger --requests."
-        )
+def idle(layout: Layout, model: ModelFacts) -> bool:
+    """Whether some ranks have no row of these requests."""
+    return layout.cfg > model.num_rows
+
+
+def _refused_by_table(layout: Layout) -> str | None:
+    try:
+        validate(EngineConfig(parallel_config=layout.config()))
+    except InvalidConfigError as error:
+        return str(error)
     return None
 
 
 def _problem_of(layout: Layout, denoiser: Denoiser) -> str | None:
-    if not denoiser.divisible:
-        inside = {axis: getattr(layout, axis) for axis in FIELDS if axis != "cfg" and getattr(layout, axis) > 1}
-        axis = next(iter(inside), None)
-        return axis and f"{FIELDS[axis]}={inside[axis]}: {denoiser.class_name} has no stack of blocks; deal its rows "
-        "with cfg_parallel_size."
-    if layout.pipeline > len(denoiser.blocks):
+    limits = denoiser.limits
+    return (
+        (_expert_problem(layout, denoiser) if layout.experts else None)
+        or (_tensor_problem(layout, denoiser) if layout.tensor > 1 else None)
+        or (_stage_problem(layout, denoiser) if layout.pipeline > 1 else None)
+        or (limits.hsdp if layout.hsdp else None)
+        or (_sequence_problem(layout, denoiser) if layout.sequence > 1 else None)
+    )
+
+
+def _expert_problem(layout: Layout, denoiser: Denoiser) -> str | None:
+    limits, ranks = denoiser.limits, layout.tensor * layout.sequence
+    refusal = limits.spread_experts if layout.sequence > 1 else limits.experts
+    if refusal is None and ranks > limits.num_experts:
         return (
-            f"pipeline_parallel_size={layout.pipeline} is more than the {len(denoiser.blocks)} blocks of "
-            f"{denoiser.class_name}; use at most {len(denoiser.blocks)}."
+            f"enable_expert_parallel=True: {denoiser.class_name} has {limits.num_experts} experts a block for {ranks} "
+            f"ranks; make tensor_parallel_size x ulysses_degree x ring_degree at most {limits.num_experts}."
         )
-    return _head_problem(layout, denoiser)
+    return refusal
 
 
-def _head_problem(layout: Layout, denoiser: Denoiser) -> str | None:
-    uneven = layout.uneven and layout.ulysses > 1
-    for field, degree in (("tensor_parallel_size", layout.tensor), ("ulysses_degree", layout.tensor * layout.ulysses)):
-        bad = sorted(heads for heads in denoiser.heads if heads % degree)
-        if bad and not (field == "ulysses_degree" and uneven):
-            good = [str(d) for d in range(1, bad[0] + 1) if all(heads % d == 0 for heads in denoiser.heads)]
-            product = "" if field == "tensor_parallel_size" or layout.tensor == 1 else f" x {layout.tensor} (tensor)"
-            shown = degree if not product else layout.ulysses
-            return (
-                f"{field}={shown}{product} does not divide the {bad[0]} heads of {denoiser.class_name}; "
-                f"use a product of {', '.join(good)}."
-            )
-    return None
+def _tensor_problem(layout: Layout, denoiser: Denoiser) -> str | None:
+    limits = denoiser.limits
+    degrees = limits.tensor_beside_experts if layout.experts else limits.tensor
+    if layout.tensor in degrees:
+        return None
+    return (
+        f"tensor_parallel_size={layout.tensor} does not divide {denoiser.class_name}; use one of {_listed(degrees)}."
+    )
 
 
-def _overlay_problem(layout: Layout, model: ModelFacts) -> str | None:
-    if layout.hsdp and layout.shards == 1:
-        return "use_hsdp=True: every rank would keep all of its weights, so nothing is sharded; leave it off."
-    if layout.hsdp and layout.text_encoder_tp > 1:
-        return (
-            f"text_encoder_tp_size={layout.text_encoder_tp}: use_hsdp=True shards the text encoders already; "
-            "use one of them."
-        )
-    if layout.vae_patch > 1 and not model.vae_tiles:
-        return f"vae_patch_parallel_size={layout.vae_patch}: the VAE cannot decode in tiles; leave it at 1."
-    for name, size in (("vae_patch", layout.vae_patch), ("text_encoder_tp", layout.text_encoder_tp)):
-        if size > layout.num_ranks or layout.num_ranks % size:
-            field = {"vae_patch": "vae_patch_parallel_size", "text_encoder_tp": "text_encoder_tp_size"}[name]
-            return f"{field}={size} does not divide the {layout.num_ranks} ranks; use a divisor of it."
-    return _encoder_problem(layout, model)
+def _stage_problem(layout: Layout, denoiser: Denoiser) -> str | None:
+    name, most = denoiser.class_name, denoiser.limits.num_blocks
+    if layout.pipeline <= most:
+        return None
+    if not most:
+        return f"pipeline_parallel_size={layout.pipeline}: {name} has no list of blocks to cut; leave it at 1."
+    return f"pipeline_parallel_size={layout.pipeline} is more than the {most} blocks of {name}; use at most {most}."
 
 
-def _encoder_problem(layout: Layout, model: ModelFacts) -> str | None:
-    for part in model.components:
-        if part.role == "encoder" and part.heads and part.heads % layout.text_encoder_tp:
-            return (
-                f"text_encoder_tp_size={layout.text_encoder_tp} does not divide the {part.heads} heads of "
-                f"{part.name}; use a divisor of it."
-            )
-    return None
+def _sequence_problem(layout: Layout, denoiser: Denoiser) -> str | None:
+    limits, name = denoiser.limits, denoiser.class_name
+    if limits.sequence is not None:
+        return limits.sequence
+    if layout.uneven or layout.ulysses * layout.tensor in limits.ulysses:
+        return None
+    good = tuple(n // layout.tensor for n in limits.ulysses if n % layout.tensor == 0)
+    return (
+        f"ulysses_degree={layout.ulysses} does not divide the heads that a rank has of {name}; use one of "
+        f"{_listed(good)}, or ulysses_mode=advanced_uaa."
+    )
+
+
+def _listed(degrees: Iterable[int]) -> str:
+    return ", ".join(map(str, degrees))
+
+
+def _other_problem(layout: Layout, model: ModelFacts) -> str | None:
+    encoders = [part for part in model.components if part.role == "encoder"]
+    if layout.text_encoder_tp > 1 and not encoders:
+        return f"text_encoder_tp_size={layout.text_encoder_tp}: {model.pipeline} has no text encoder; leave it at 1."
+    if layout.vae_patch > 1 and model.vae_refusal is not None:
+        return f"vae_patch_parallel_size={layout.vae_patch} cannot be: {model.vae_refusal}"
+    return next(filter(None, (_encoder_problem(layout, part) for part in encoders)), None)
+
+
+def _encoder_problem(layout: Layout, part: Component) -> str | None:
+    if layout.hsdp and part.hsdp is not None:
+        return part.hsdp
+    if layout.text_encoder_tp == 1 or layout.text_encoder_tp in part.degrees:
+        return None
+    return (
+        f"text_encoder_tp_size={layout.text_encoder_tp} does not divide {part.name} ({part.class_name}); use one of "
+        f"{_listed(part.degrees)}."
+    )
 
 
 assert {*FIELDS.values()} <= {f.name for f in fields(DiffusionParallelConfig)}

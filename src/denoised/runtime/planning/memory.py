@@ -37,13 +37,17 @@ def memory(layout: Layout, model: ModelFacts) -> Memory:
 def _weights(part: Component, denoiser: Denoiser | None, layout: Layout) -> float:
     sharded = layout.shards if part.role in ("denoiser", "encoder") else 1
     if denoiser is not None:
-        return (held(denoiser.rest, layout.tensor) + fullest_stage(denoiser, layout)) / sharded
+        return (held(denoiser.rest, layout) + fullest_stage(denoiser, layout)) / sharded
     return part.num_params / (layout.text_encoder_tp if part.role == "encoder" else 1) / sharded
 
 
-def held(work: Work, tensor: int) -> float:
-    """Weights of some layers on one tensor rank."""
-    return work.divisible_params / tensor + work.whole_params
+def held(work: Work, layout: Layout) -> float:
+    """Weights of some layers on one rank, before HSDP."""
+    if not layout.experts:
+        return work.divisible_params / layout.tensor + work.whole_params
+    dealt = (work.cut_experts + work.whole_experts) / (layout.tensor * layout.sequence)
+    cut = (work.divisible_params - work.cut_experts) / layout.tensor
+    return cut + work.whole_params - work.whole_experts + dealt
 
 
 def stages(denoiser: Denoiser, num_stages: int) -> list[tuple[Work, ...]]:
@@ -60,7 +64,7 @@ def stages(denoiser: Denoiser, num_stages: int) -> list[tuple[Work, ...]]:
 
 def fullest_stage(denoiser: Denoiser, layout: Layout) -> float:
     """Weights of the stage that holds most."""
-    return max(sum(held(block, layout.tensor) for block in stage) for stage in stages(denoiser, layout.pipeline))
+    return max(sum(held(block, layout) for block in stage) for stage in stages(denoiser, layout.pipeline))
 
 
 def rows_of_a_rank(layout: Layout, model: ModelFacts) -> int:
@@ -75,8 +79,8 @@ def _denoising(layout: Layout, model: ModelFacts) -> float:
 
 
 def _row(layout: Layout, model: ModelFacts, denoiser: Denoiser) -> float:
-    if not denoiser.divisible:
-        return float(denoiser.rest.widest * model.itemsize)
+    if denoiser.live:
+        return denoiser.live * model.itemsize
     tokens = (model.tokens.image + model.tokens.text) / layout.sequence
     widest = denoiser.work.widest / layout.tensor
     return tokens * (LIVE_WIDTHS * denoiser.width + 2 * widest) * model.itemsize
@@ -85,7 +89,7 @@ def _row(layout: Layout, model: ModelFacts, denoiser: Denoiser) -> float:
 def _gathered(layout: Layout, model: ModelFacts, denoiser: Denoiser) -> float:
     if not layout.hsdp:
         return 0.0
-    largest = max((held(block, layout.tensor) for block in denoiser.blocks), default=0.0)
+    largest = max((held(block, layout) for block in denoiser.blocks), default=0.0)
     return GATHERED_BLOCKS * largest * model.itemsize
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from denoised.features.pipeline.cut import deal
+from denoised.features.pipeline.order import parts
 from denoised.runtime.planning.facts import Denoiser, ModelFacts, Work
 from denoised.runtime.planning.hardware import Hardware
 from denoised.runtime.planning.layout import Layout
@@ -19,6 +21,8 @@ ALL_REDUCE_TRIPS = 2
 RING_SHARE, ANSWER_SHARE = 0.5, 0.25
 # Queries, keys and values go in one exchange, the answer in another.
 ULYSSES_CALLS = 2
+# Counts, tokens, answers.
+EXPERT_CALLS = 3
 # Bytes read and written for each value that is merged, in float32 and without fused kernels.
 MERGE_BYTES = 6 * 4
 # Tiles overlap by a quarter along both sides, so that they decode more than the picture.
@@ -72,10 +76,9 @@ def predict(layout: Layout, model: ModelFacts, hardware: Hardware) -> Prediction
     denoiser = model.denoisers[0]
     rows = rows_of_a_rank(layout, model)
     row = _stage_seconds(denoiser, layout, model, hardware)
-    slots = rows + layout.pipeline - 1
     traffic = _traffic(layout, model, hardware, denoiser, rows=rows, compute=rows * row)
     compute = max(rows * row, _weights_seconds(denoiser, layout, model, hardware))
-    bubble = (layout.pipeline - 1) / slots
+    bubble = waiting(rows, layout.pipeline, num_rounds(denoiser, layout))
     step = compute / (1 - bubble) + sum(part.seconds for part in traffic.values())
     return Prediction(
         layout=layout,
@@ -89,15 +92,34 @@ def predict(layout: Layout, model: ModelFacts, hardware: Hardware) -> Prediction
     )
 
 
+def waiting(rows: int, num_stages: int, rounds: int = 1) -> float:
+    """The share of a step in which a stage waits, if so many rows go so many rounds through stages of equal cost."""
+    return 1 - rounds * rows / (rounds * max(rows, num_stages) + min(rows, num_stages) - 1)
+
+
+def num_rounds(denoiser: Denoiser, layout: Layout) -> int:
+    """Ranges of blocks that each stage has."""
+    if layout.pipeline == 1 or layout.hsdp:
+        return 1
+    costs = tuple(float(block.params) for block in denoiser.blocks)
+    return round(len(parts(deal(costs, layout.pipeline), costs)) / layout.pipeline)
+
+
 def _stage_seconds(denoiser: Denoiser, layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
     """One row on the busiest stage; what is outside the blocks is computed on all."""
-    divided = layout.sequence * layout.tensor
-    slowest = max(_operations(stage, divided) for stage in stages(denoiser, layout.pipeline))
+    heads = max(denoiser.heads, default=0)
+    slowest = max(_operations(stage, layout, heads) for stage in stages(denoiser, layout.pipeline))
     return (slowest + denoiser.rest.flops) / _speed(layout, model, hardware)
 
 
-def _operations(stage: tuple[Work, ...], divided: int) -> float:
-    return sum(block.token_flops / divided + block.once_flops for block in stage)
+def _operations(stage: tuple[Work, ...], layout: Layout, heads: int) -> float:
+    """Of the busiest rank: of heads that do not divide, some ranks have one more than others."""
+    own = -(-heads // layout.tensor)
+    excess = -(-own // layout.ulysses) * layout.ulysses / own if own else 1.0
+    divided = layout.sequence * layout.tensor
+    return sum(
+        (block.token_flops + (excess - 1) * block.attention_flops) / divided + block.once_flops for block in stage
+    )
 
 
 def _speed(layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
@@ -106,8 +128,8 @@ def _speed(layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
 
 def _weights_seconds(denoiser: Denoiser, layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
     """However few the tokens, a forward reads all weights of its rank once."""
-    own = max(sum(held(block, layout.tensor) for block in stage) for stage in stages(denoiser, layout.pipeline))
-    return (own + held(denoiser.rest, layout.tensor)) * model.itemsize / hardware.memory_bandwidth
+    own = max(sum(held(block, layout) for block in stage) for stage in stages(denoiser, layout.pipeline))
+    return (own + held(denoiser.rest, layout)) * model.itemsize / hardware.memory_bandwidth
 
 
 def _decode_seconds(layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
@@ -123,15 +145,19 @@ def _traffic(
     work = sum(denoiser.blocks, Work())
     own = _Own(layout=layout, model=model, work=work, rest=denoiser.rest, width=denoiser.width, rows=rows)
     attention = work.attention_flops / max(work.flops + denoiser.rest.flops, 1.0) * compute
-    hidden = {"ring": attention, "hsdp": compute}
+    hidden = {"ring": attention, "hsdp": compute} if hardware.overlaps else {}
+    merged = {"ring": own.merged() / hardware.memory_bandwidth}
+    unpacked = {"hsdp": own.unpacked() / hardware.memory_bandwidth}
     sent = {"ulysses": own.ulysses(), "ring": own.ring(), "tensor": own.tensor(), "hsdp": own.hsdp()}
-    sent |= {"pipeline": own.pipeline(), "cfg": own.cfg()}
+    sent |= {"experts": own.experts(), "pipeline": own.pipeline(), "cfg": own.cfg()}
     return {
         axis: Traffic(
             bytes=size,
             calls=calls,
-            seconds=max(0.0, _seconds(axis, size, calls, layout, hardware) - hidden.get(axis, 0.0))
-            + (own.merged() / hardware.memory_bandwidth if axis == "ring" else 0.0),
+            seconds=merged.get(axis, 0.0)
+            + max(
+                0.0, _seconds(axis, size, calls, layout, hardware) + unpacked.get(axis, 0.0) - hidden.get(axis, 0.0)
+            ),
         )
         for axis, (size, calls) in sent.items()
         if calls
@@ -139,7 +165,7 @@ def _traffic(
 
 
 def _seconds(axis: str, size: float, calls: float, layout: Layout, hardware: Hardware) -> float:
-    span = layout.num_ranks if axis == "hsdp" else layout.span(axis)
+    span = {"hsdp": layout.num_ranks, "experts": layout.span("ring")}.get(axis) or layout.span(axis)
     return size / hardware.bandwidth(span) + calls * hardware.latency
 
 
@@ -186,27 +212,45 @@ class _Own:
         values = self._per_rank(self.work.exchanged * ANSWER_SHARE / self.layout.tensor) / self.model.itemsize
         return (self.layout.ring - 1) * values * MERGE_BYTES
 
+    def unpacked(self) -> float:
+        """Bytes that are read and written in the rank's own memory to put each block's weights in place."""
+        return 2 * self._gathered_weights() if self.layout.shards > 1 else 0.0
+
     def _gather(self) -> float:
         """The prediction's parts, gathered by every rank of the sequence."""
         return self.model.latent_values / self.layout.sequence * self.model.itemsize * self.rows
 
     def tensor(self) -> tuple[float, float]:
-        size = self.layout.tensor
+        size, work = self.layout.tensor, self.work
         if size == 1:
             return 0.0, 0.0
-        reduced = self._per_rank(self.work.reduced) * ALL_REDUCE_TRIPS * (size - 1)
-        values = self.work.gathered / self.layout.pipeline + self.rest.gathered
+        sums, num_sums = work.reduced, work.num_reduces
+        if self.layout.experts:  # one sum of each mixture's answers, instead of one for each expert
+            sums += work.mixed - work.expert_reduced
+            num_sums += work.num_mixtures - work.expert_reduces
+        reduced = self._per_rank(sums) * ALL_REDUCE_TRIPS * (size - 1)
+        values = work.gathered / self.layout.pipeline + self.rest.gathered
         gathered = values * self.model.itemsize * self.rows * (size - 1)
-        calls = self._calls(self.work.num_reduces + self.work.num_gathers) + self.rest.num_gathers * self._forwards
+        calls = self._calls(num_sums + work.num_gathers) + self.rest.num_gathers * self._forwards
         return (reduced + gathered) / size, calls
 
+    def experts(self) -> tuple[float, float]:
+        """Tokens to the ranks of their experts and back; before, how many there are. Each sequence rank keeps its
+        share, and of several tensor ranks each asks its own experts."""
+        size = self.layout.sequence
+        if size == 1 or not self.layout.experts:
+            return 0.0, 0.0
+        moved = 2 * self._per_rank(self.work.routed / self.layout.tensor) * (size - 1) / size
+        return moved, self._calls(EXPERT_CALLS * self.work.num_mixtures)
+
     def pipeline(self) -> tuple[float, float]:
-        """Hidden states at one boundary, and the prediction to all stages."""
+        """Hidden states at the end of each range of blocks, and the prediction to all stages."""
         if self.layout.pipeline == 1:
             return 0.0, 0.0
+        rounds = num_rounds(self.model.denoisers[0], self.layout)
         tokens = (self.model.tokens.image + self.model.tokens.text) / self.layout.sequence
-        values = tokens * self.width + self.model.latent_values
-        return values * self.model.itemsize * self.rows, 2.0 * self.rows
+        values = rounds * tokens * self.width + self.model.latent_values
+        return values * self.model.itemsize * self.rows, (rounds + 1.0) * self.rows
 
     def cfg(self) -> tuple[float, float]:
         if self.layout.cfg == 1:
@@ -218,6 +262,10 @@ class _Own:
         size = self.layout.shards
         if size == 1:
             return 0.0, 0.0
-        weights = held(self.work, self.layout.tensor) / self.layout.pipeline * self.model.itemsize
-        num_blocks = len(self.model.denoisers[0].blocks)
-        return weights * (size - 1) / size * self._forwards, self._calls(num_blocks)
+        calls = self._calls(len(self.model.denoisers[0].blocks)) + self._forwards
+        return self._gathered_weights() * (size - 1) / size, calls
+
+    def _gathered_weights(self) -> float:
+        """Bytes of the blocks' weights, whole, in all forwards of a step."""
+        params = held(self.work, self.layout) / self.layout.pipeline + held(self.rest, self.layout)
+        return params * self.model.itemsize * self._forwards

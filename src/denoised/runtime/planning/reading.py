@@ -14,7 +14,7 @@ from denoised.errors import InvalidConfigError
 from denoised.request import OmniDiffusionSamplingParams, PromptDict
 from denoised.runtime.load import BUILTIN_DEFAULTS
 from denoised.runtime.model_info import ModelInfo, check, describe
-from denoised.runtime.planning import trace, work
+from denoised.runtime.planning import limits, trace, work
 from denoised.runtime.planning.ask import Ask
 from denoised.runtime.planning.facts import Component, Denoiser, ModelFacts, Role, Tokens
 from denoised.runtime.planning.skeleton import skeleton
@@ -54,7 +54,6 @@ def facts_of(pipeline: Any, ask: Ask, *, model: str, dtype: str = "bfloat16") ->
     itemsize = ITEMSIZE[dtype]
     denoisers = tuple(_denoiser(name, pipeline, spec, tokens, latent) for name in spec.denoisers)
     decoded = trace.decode(pipeline, latent, itemsize)
-    vae = getattr(pipeline, "vae", None)
     return ModelFacts(
         model=model,
         pipeline=info.pipeline,
@@ -69,7 +68,7 @@ def facts_of(pipeline: Any, ask: Ask, *, model: str, dtype: str = "bfloat16") ->
         latent_values=_product(latent),
         decode_flops=None if decoded is None else decoded.flops,
         decode_bytes=None if decoded is None else decoded.peak,
-        vae_tiles=hasattr(vae, "tiled_decode"),
+        vae_refusal=limits.vae_refusal(pipeline),
     )
 
 
@@ -152,39 +151,34 @@ def _branches(pipeline: Any, ask: Ask, info: ModelInfo) -> int:
 def _denoiser(name: str, pipeline: Any, spec: ModelSpec, tokens: Tokens, latent: tuple[int, ...]) -> Denoiser:
     model = getattr(pipeline, name)
     if trace.is_unet(model):
-        return trace.unet(name, model, tokens, latent)
-    return work.denoiser(name, model, tokens, spec.stacks)
+        return trace.unet(name, model, tokens, latent, spec)
+    return work.denoiser(name, model, tokens, spec)
 
 
 def _components(pipeline: Any, spec: ModelSpec) -> list[Component]:
     parts = {name: part for name, part in hf.components(pipeline).items() if isinstance(part, nn.Module)}
-    return [
-        Component(
-            name=name,
-            class_name=type(part).__name__,
-            role=_role(name, spec),
-            num_params=sum(parameter.numel() for parameter in part.parameters()),
-            heads=_encoder_heads(part),
-        )
-        for name, part in parts.items()
-    ]
+    return [_component(name, part, _role(name, spec)) for name, part in parts.items()]
+
+
+def _component(name: str, part: nn.Module, role: Role) -> Component:
+    encodes = role == "encoder"
+    return Component(
+        name=name,
+        class_name=type(part).__name__,
+        role=role,
+        num_params=sum(parameter.numel() for parameter in part.parameters()),
+        degrees=limits.encoder_degrees(part) if encodes else (),
+        hsdp=limits.hsdp_refusal(part) if encodes else None,
+    )
 
 
 def _role(name: str, spec: ModelSpec) -> Role:
+    """Encoders are those of text, which alone are divided."""
     if name in spec.denoisers:
         return "denoiser"
-    if "encoder" in name:
+    if name.startswith("text_encoder"):
         return "encoder"
     return "vae" if "vae" in name else "other"
-
-
-def _encoder_heads(part: Any) -> int:
-    """Heads by which a text encoder can be divided: the fewer of queries' and keys', where its configuration says."""
-    config = getattr(part, "config", None)
-    text = getattr(config, "text_config", None) or config
-    names = ("num_key_value_heads", "num_attention_heads", "num_heads")
-    found = [getattr(text, name) for name in names if isinstance(getattr(text, name, None), int)]
-    return min(found, default=0)
 
 
 def _product(values: tuple[int, ...]) -> int:

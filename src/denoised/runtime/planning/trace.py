@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.planning.facts import Denoiser, Tokens, Work
+from denoised.runtime.planning.limits import limits
+from denoised.runtime.planning.work import ROWWISE
+from denoised.spec.blocks import stacks
+from denoised.spec.model_spec import ModelSpec
 
 # Tensors of the largest size that live at once inside a decoder: a layer's input, its output, and the shortcut.
 LIVE_TENSORS = 3
@@ -134,14 +139,76 @@ def is_unet(model: Any) -> bool:
     return hasattr(model, "down_blocks") and hasattr(model, "up_blocks")
 
 
-def unet(name: str, model: Any, tokens: Tokens, latent: tuple[int, ...]) -> Denoiser:
-    """A UNet's facts: one row of it, run on the meta device."""
+def unet(name: str, model: Any, tokens: Tokens, latent: tuple[int, ...], spec: ModelSpec) -> Denoiser:
+    """A UNet's facts: one row of it, run on the meta device, and what each of its layers did."""
+    seen = _seen(model, lambda: model(**_unet_inputs(model, tokens, latent)))
+    blocks = tuple(_unet_block(block, seen) for stack in stacks(model, spec.stacks) for block in stack.blocks)
     params = sum(parameter.numel() for parameter in model.parameters())
-    traced = _traced(model, 1, lambda: model(**_unet_inputs(model, tokens, latent)))
-    rest = Work(whole_params=params, once_flops=traced.flops, widest=int(traced.peak))
-    return Denoiser(
-        name=name, class_name=type(model).__name__, blocks=(), rest=rest, heads=frozenset(), width=latent[0]
+    rest = Work(
+        whole_params=params - sum(block.params for block in blocks),
+        once_flops=seen[model].flops - sum(block.flops for block in blocks),
     )
+    crossing = max(seen[block].values for stack in stacks(model, spec.stacks) for block in stack.blocks)
+    return Denoiser(
+        name=name,
+        class_name=type(model).__name__,
+        blocks=blocks,
+        rest=rest,
+        heads=frozenset(),
+        width=crossing // (tokens.image + tokens.text),
+        limits=limits(model, spec),
+        live=LIVE_TENSORS * max(found.values for found in seen.values()),
+    )
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """Operations of a module, and values of its largest output."""
+
+    start: float = 0.0
+    flops: float = 0.0
+    values: int = 0
+
+
+def _seen(model: Any, run: Any) -> dict[Any, _Seen]:
+    """What each module did in a run."""
+    seen = {module: _Seen() for module in model.modules()}
+
+    def before(module: Any, _: Any) -> None:
+        seen[module].start = counter.get_total_flops()
+
+    def after(module: Any, _: Any, output: Any) -> None:
+        found, outputs = seen[module], output if isinstance(output, tuple) else (output,)
+        found.flops += counter.get_total_flops() - found.start
+        found.values = max(found.values, *(x.numel() for x in outputs if isinstance(x, torch.Tensor)), 0)
+
+    handles = [module.register_forward_pre_hook(before) for module in seen]
+    handles += [module.register_forward_hook(after) for module in seen]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def _unet_block(block: Any, seen: dict[Any, _Seen]) -> Work:
+    """Tensor parallelism divides the linear layers of attentions and feed-forwards, and attention itself."""
+    layers = {path: part for path, part in block.named_modules() if not any(part.children())}
+    cut = {path: part for path, part in layers.items() if isinstance(part, nn.Linear) and _DIVIDED.search(path)}
+    whole = sum(seen[part].flops for path, part in layers.items() if path not in cut)
+    sums = [seen[part].values for path, part in cut.items() if path.endswith(ROWWISE)]
+    divisible = sum(parameter.numel() for part in cut.values() for parameter in part.parameters())
+    return Work(
+        divisible_params=divisible,
+        whole_params=sum(parameter.numel() for parameter in block.parameters()) - divisible,
+        token_flops=seen[block].flops - whole,
+        once_flops=whole,
+        reduced=sum(sums),
+        num_reduces=len(sums),
+    )
+
+
+_DIVIDED = re.compile(r"\.(attn\d?|ff)\.")
 
 
 def _unet_inputs(model: Any, tokens: Tokens, latent: tuple[int, ...]) -> dict[str, Any]:

@@ -17,7 +17,10 @@ from typing import Any
 from torch import nn
 
 from denoised.runtime.planning.facts import Denoiser, Tokens, Work
+from denoised.runtime.planning.limits import limits
 from denoised.spec.blocks import Stack, stacks
+from denoised.spec.experts import EXPERTS, NUM_EXPERTS
+from denoised.spec.model_spec import ModelSpec
 from denoised.spec.tensor import MODULATIONS
 
 # Words of a layer's path. What is computed from the timestep comes first: norm1_context.linear is no text.
@@ -39,6 +42,7 @@ LINEAR_ATTENTION = "LinearAttn"
 QUERIES = ("to_q", "q_proj", "to_qkv", "to_qkv_mlp_proj", "qkv")
 # Norms inside an attention, and what they act on.
 NORMS = {"norm_q": "queries", "norm_k": "keys", "q_norm": "queries", "k_norm": "keys"}
+NORMS |= {"q_rms_norm": "queries", "k_rms_norm": "keys", "q_rms_norm_t": "text", "k_rms_norm_t": "text"}
 NUM_EXCHANGES = 4  # queries, keys, values, and the answer
 
 
@@ -55,9 +59,9 @@ def is_text(path: str) -> bool:
     return bool(words(path) & TEXT) or any(part.endswith(f"_{TEXT_SUFFIX}") for part in path.split("."))
 
 
-def denoiser(name: str, model: Any, tokens: Tokens, declared: tuple[str, ...]) -> Denoiser:
-    """The facts of a transformer; `declared`: its stacks, where the order of definition is not that of execution."""
-    found = stacks(model, declared)
+def denoiser(name: str, model: Any, tokens: Tokens, spec: ModelSpec) -> Denoiser:
+    """The facts of a transformer."""
+    found = stacks(model, spec.stacks)
     inside = {id(block) for stack in found for block in stack.blocks}
     blocks = tuple(_block(stack, block, tokens) for stack in found for block in stack.blocks)
     heads = frozenset(count for stack in found for block in stack.blocks for count in _heads(block))
@@ -67,8 +71,9 @@ def denoiser(name: str, model: Any, tokens: Tokens, declared: tuple[str, ...]) -
         class_name=type(model).__name__,
         blocks=blocks,
         rest=rest,
-        heads=heads if blocks else frozenset(),
+        heads=heads,
         width=_width(found),
+        limits=limits(model, spec),
     )
 
 
@@ -110,6 +115,8 @@ def _block(stack: Stack, block: Any, tokens: Tokens) -> Work:
         work += _layer(path, layer, block, streams.length(path), tokens.once)
     for path, module in _attentions(block).items():
         work += _attention(path, module, streams, joint=double and _has_text(module))
+    for path, mixture in _mixtures(block):
+        work += _mixture(mixture, streams.length(path))
     return work
 
 
@@ -168,12 +175,23 @@ def _layer(path: str, layer: Any, block: Any, length: int, once: int) -> Work:
     if not isinstance(layer, nn.Linear):
         return Work(whole_params=_params(layer), token_flops=operations * length, widest=layer.out_channels)
     sums = path.endswith(ROWWISE)
-    return Work(
+    work = Work(
         divisible_params=_params(layer),
         token_flops=operations * length,
         widest=layer.out_features,
-        reduced=length * layer.out_features if sums else 0,
+        reduced=length * layer.out_features * _share(path, block) if sums else 0,
         num_reduces=int(sums),
+    )
+    return work if _mixture_of(path) is None else _of_expert(work)
+
+
+def _of_expert(work: Work) -> Work:
+    """The same, known as an expert's."""
+    return replace(
+        work,
+        cut_experts=work.divisible_params,
+        expert_reduced=work.reduced,
+        expert_reduces=work.num_reduces,
     )
 
 
@@ -188,18 +206,52 @@ _MODULATIONS = tuple(f".{name}" for name in MODULATIONS)
 
 
 def _share(path: str, block: Any) -> float:
-    """How many of a block's experts a token visits; 1 for layers that are no expert's."""
-    found = re.match(r"(?:(.*)\.)?experts\.\d+\.", path)
+    """Which part of a block's experts a token visits; 1 for layers that are no expert's."""
+    found = _mixture_of(path)
     if found is None:
         return 1.0
-    mixture = block.get_submodule(found[1] or "")
-    return float(getattr(mixture, "num_activated_experts", 1) / len(mixture.experts))
+    mixture = block.get_submodule(found)
+    return _visits(mixture) / len(mixture.experts)
+
+
+def _mixture_of(path: str) -> str | None:
+    """The path of the mixture that a layer is an expert's of."""
+    found = re.match(rf"(?:(.*)\.)?{EXPERTS}\.\d+\.", path)
+    return None if found is None else found[1] or ""
+
+
+def _visits(mixture: Any) -> float:
+    """Experts that a token goes to, on average where experts choose their tokens."""
+    return float(getattr(mixture, "num_activated_experts", getattr(mixture, "capacity_factor", 1)))
+
+
+def _mixtures(block: Any) -> Iterator[tuple[str, Any]]:
+    return ((path, part) for path, part in block.named_modules() if getattr(part, EXPERTS, None) is not None)
+
+
+def _mixture(mixture: Any, length: int) -> Work:
+    """What goes to experts and comes back. Experts that are one module's parameters are counted here too, as no layer
+    has them; their weights are among the block's own already."""
+    experts = getattr(mixture, EXPERTS)
+    params = 0 if isinstance(experts, nn.ModuleList) else _params(experts)
+    widths = [layer.in_features for layer in mixture.modules() if isinstance(layer, nn.Linear)]
+    width = min(widths, default=0)  # a router may read more than the stream
+    each = params / max(getattr(experts, NUM_EXPERTS, 1), 1)
+    routed = length * _visits(mixture)
+    return Work(
+        whole_experts=params,
+        token_flops=2 * each * routed,
+        mixed=length * width,
+        num_mixtures=1,
+        routed=routed * width,
+    )
 
 
 def _attention(path: str, module: Any, streams: _Streams, *, joint: bool) -> Work:
     text = streams.tokens.text if joint else 0
-    queries = streams.length(f"{path}.to_q".lstrip(".")) + text
-    keys = streams.length(f"{path}.to_k".lstrip(".")) + text
+    lengths = {"queries": streams.length(f"{path}.to_q".lstrip(".")), "text": text}
+    lengths["keys"] = streams.length(f"{path}.to_k".lstrip("."))
+    queries, keys = lengths["queries"] + text, lengths["keys"] + text
     width = min(_query(module).out_features, _query(module).in_features)
     if LINEAR_ATTENTION in type(getattr(module, "processor", None)).__name__:
         keys = width // max(getattr(module, "heads", 1), 1) + 1
@@ -207,7 +259,7 @@ def _attention(path: str, module: Any, streams: _Streams, *, joint: bool) -> Wor
     own = streams.is_self(path)
     moved = NUM_EXCHANGES * queries * width if own else 0
     summed = [n for name, n in NORMS.items() if _spans_heads(getattr(module, name, None), width)]
-    squares = [queries if stream == "queries" else keys for stream in summed]
+    squares = [lengths[stream] for stream in summed]
     return Work(
         token_flops=flops,
         attention_flops=flops,

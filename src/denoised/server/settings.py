@@ -1,0 +1,50 @@
+"""What a server is started with, beside the engine's own settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from denoised.checks import bounded, check_fields
+from denoised.server.keys import digest
+
+MIB = 2**20
+
+
+def _secret(help: str) -> Any:
+    metadata = {"help": help, "minimum": None, "maximum": None, "choices": None}
+    return dataclasses.field(default=(), repr=False, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where a server listens, whom it answers, and what it refuses because of its size.
+
+    `api_key` holds digests once this is made, whatever it was made from: nobody can read keys out of a process's
+    settings, its logs or its tracebacks.
+    """
+
+    host: str = bounded("127.0.0.1", help="address to listen on; 0.0.0.0 is every network, so set api_key too")
+    port: int = bounded(8091, minimum=0, maximum=65_535, help="port to listen on; 0: any free one")
+    served_model_name: str | None = bounded(None, help="the model's name in requests and answers; default: MODEL")
+    api_key: tuple[str, ...] = _secret(
+        "key that requests must carry, or sha256:<hex digest> of one; may be repeated; default: $DENOISED_API_KEY"
+    )
+    cors_origin: tuple[str, ...] = bounded((), help="origin whose pages may call, or *; may be repeated")
+    allow_url_fetch: bool = bounded(False, help="fetch pictures that requests name by URL, from public addresses only")
+    max_body_mb: int = bounded(64, minimum=1, maximum=4096, help="largest body of a request, uploads included")
+    max_n: int = bounded(10, minimum=1, maximum=64, help="largest n of a request")
+    max_priority: int = bounded(0, minimum=-100, maximum=100, help="highest priority that a request may give itself")
+    max_jobs: int = bounded(256, minimum=1, help="video jobs that are kept; the oldest that are done make room")
+    drain_timeout: float = bounded(60.0, minimum=0, maximum=86_400, help="seconds for what runs when asked to stop")
+    skip_warm_up: bool = bounded(False, help="be ready without a first request of our own")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        object.__setattr__(self, "api_key", tuple(digest(key) for key in self.api_key))
+
+    @property
+    def max_body(self) -> int:
+        """Bytes."""
+        return self.max_body_mb * MIB

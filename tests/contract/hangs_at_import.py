@@ -1,0 +1,5 @@
+"""A plugin for ranks that never returns from its import."""
+
+import time
+
+time.sleep(3600)

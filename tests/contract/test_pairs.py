@@ -1,0 +1,112 @@
+"""Every two parallel methods at once, and each of them on four ranks.
+
+A pair is green, with each method's trace on every rank, or refused with its reason. One model a pair; `--full` takes
+all that have the method.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+
+from denoised import OmniRequestOutput
+from denoised.errors import InvalidConfigError
+from tests.contract.parallel import METHODS, TRACES, check, counts, degrees_of, run, run_requests
+from tests.contract.support import REORDERED, _pipeline, difference, folder, media, plain, request_of, seed_of
+from tests.tiny.row import Request
+
+# Double stream, single stream, cross-attention video with two experts, guidance in one batch.
+REPRESENTATIVE = ("qwen_image", "flux_true_cfg", "wan22_t2v", "sd3")
+MIXTURES = ("hidream_i1",)
+REFUSED = {("text_encoder_tp", "hsdp"): "text_encoder_tp_size cannot go with use_hsdp=True"}
+# Decoded pictures of several tiles: of the VAE's own size of tile, with room for two in each direction.
+TILED_SIZES: dict[str, Request] = {
+    "qwen_image": {"height": 320, "width": 320},
+    "flux_true_cfg": {"height": 64, "width": 96},
+    "wan22_t2v": {"height": 288, "width": 320, "num_frames": 5},
+    "sd3": {"height": 64, "width": 96},
+    "hidream_i1": {"height": 16, "width": 64},
+}
+
+
+def _models(*methods: str) -> tuple[str, ...]:
+    return MIXTURES if "expert" in methods else REPRESENTATIVE
+
+
+def _pairs() -> list[Any]:
+    """All pairs by all models; one model of each pair is for every run."""
+    cells = []
+    for number, pair in enumerate(combinations(METHODS, 2)):
+        models = _models(*pair)
+        for place, name in enumerate(models):
+            usual = name == "sd3" if "vae_patch" in pair and len(models) > 1 else place == number % len(models)
+            cells.append(pytest.param(name, *pair, marks=() if usual else pytest.mark.slow))
+    return cells
+
+
+@pytest.mark.parametrize(("name", "first", "second"), _pairs())
+def test_pair(name: str, first: str, second: str) -> None:
+    """Two requests in flight."""
+    degrees = degrees_of(first, second)
+    if (first, second) in REFUSED or (second, first) in REFUSED:
+        reason = REFUSED.get((first, second)) or REFUSED[second, first]
+        with pytest.raises(InvalidConfigError, match=reason):
+            run(name, [0, 1], **degrees)
+        return
+    _check(name, degrees, (first, second))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(name, method, marks=() if name == _models(method)[-1] else pytest.mark.slow)
+        for method in METHODS
+        for name in _models(method)
+    ],
+)
+def test_on_four_ranks(name: str, method: str) -> None:
+    _check(name, degrees_of(method, size=4), (method,))
+
+
+def test_three_that_cannot_go_together() -> None:
+    with pytest.raises(InvalidConfigError, match="use tensor_parallel_size with it, or leave one out"):
+        run("hidream_i1", [0], **degrees_of("expert", "hsdp", "ulysses"))
+
+
+def _check(name: str, degrees: dict[str, Any], methods: tuple[str, ...]) -> None:
+    """The right result, and the traces of all methods on every rank."""
+    if "vae_patch" in methods:
+        outputs = _decoded(name, degrees)
+    else:
+        outputs = run(name, [0, 1], **degrees)
+        check(name, outputs, [0, 1])
+    for rank, counted in enumerate(counts(outputs)):
+        for method in methods:
+            assert all(counted[trace] > 0 for trace in TRACES.get(method, ())), (method, rank, counted)
+    if "data" in methods:
+        assert {output.receipt.replica for output in outputs if output.receipt} == {0, 1}
+    if "cfg" in methods:
+        assert all(
+            sum(o.receipt.ranks[rank].rows for o in outputs if o.receipt) for rank in range(len(counts(outputs)))
+        )
+
+
+def _decoded(name: str, degrees: dict[str, Any]) -> list[OmniRequestOutput]:
+    requests = [request_of(name, i) | TILED_SIZES[name] | {"num_inference_steps": 2} for i in (0, 1)]
+    outputs = run_requests(name, requests, output_type="pt", **degrees)
+    for index, (request, output) in enumerate(zip(requests, outputs, strict=True)):
+        assert difference(_tiled(name, request, index), media(output)) <= REORDERED
+    return outputs
+
+
+def _tiled(name: str, request: Request, index: int) -> list[torch.Tensor]:
+    """What the plain pipeline gives with its VAE's own tiling."""
+    vae = _pipeline(folder(name)).vae
+    vae.enable_tiling()
+    try:
+        return plain(name, request, seed_of(index), "pt")
+    finally:
+        vae.disable_tiling()

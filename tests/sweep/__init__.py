@@ -1,0 +1,1 @@
+"""Every pipeline of diffusers that makes media from text, through the engine."""

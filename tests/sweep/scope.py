@@ -1,0 +1,49 @@
+"""Which pipeline classes of diffusers make media from text alone, and why the others are left out.
+
+Told from the classes themselves: every exported pipeline whose call takes a prompt is accounted for.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import diffusers
+from diffusers import DiffusionPipeline
+
+# Arguments that a class starts from, beside the prompt.
+_INPUTS = frozenset(
+    "image video mask mask_image control_image control_video control_camera_video conditioning_frames token_indices "
+    "reference_latents reference_audio audio init_audio cond_image ip_adapter_image_embeds_required".split()
+)
+# Their inputs are optional, or go by other names.
+_BY_NAME = ("ControlNet", "DiffEdit", "Pix2PixZero", "GLIGENTextImage", "TemporalRefine", "Inpaint", "AudioToAudio")
+
+TEXT = "makes text, not media"
+# Why a class that makes media from text is not built here.
+_VISION = "its processor needs torchvision, which has no build for a CPU torch"
+UNBUILT: dict[str, str] = {
+    "OmniGenPipeline": _VISION,
+    "LLaDA2Pipeline": TEXT,
+    "DiffusionGemmaPipeline": TEXT,
+    "JoyImageEditPlusPipeline": "edits pictures; without one it has nothing to work on",
+}
+
+
+def with_prompt() -> list[str]:
+    """All exported pipeline classes whose call takes a prompt."""
+    return [name for name in sorted(dir(diffusers)) if "prompt" in _parameters(name)]
+
+
+def needs_input(name: str) -> bool:
+    """Whether a class starts from a picture, a video, sound or the like."""
+    parameters = _parameters(name)
+    required = [p.name for p in parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    others = set(required) - {"self", "prompt"} | (_INPUTS & set(parameters))
+    return bool(others) or any(part in name for part in _BY_NAME)
+
+
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+    found = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
+    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+        return {}
+    return dict(inspect.signature(found.__call__).parameters)

@@ -1,0 +1,152 @@
+"""A layout that the plan admits is one that the engine starts, and one that it leaves out is one that it refuses.
+
+The engine's side is `denoiser._divide`, where all refusals are, on meshes whose groups send nothing (torch's "fake"
+backend): real axes and ranks, no processes. Both sides have configurations alone, no weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import itertools
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from denoised import hf
+from denoised.config import EngineConfig, validate
+from denoised.errors import InvalidConfigError
+from denoised.runtime import denoiser
+from denoised.runtime.mesh import Mesh
+from denoised.runtime.plan import HARDWARE, Ask, Layout, ModelFacts, facts_of, plan, problem
+from denoised.runtime.planning.limits import without_values
+from denoised.runtime.planning.skeleton import skeleton
+from denoised.spec.registry import resolve
+from tests.tiny import ROWS, UPSTREAM_WARNINGS, checkpoint
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in UPSTREAM_WARNINGS]
+
+NUM_RANKS = (2, 4, 8)
+SAMPLED = 10  # layouts a row, beside every single axis; --full takes all
+PATIENCE = datetime.timedelta(seconds=5)
+SETTINGS = ("hsdp", "experts", "uneven")
+NAMES = [name for name, row in ROWS.items() if row.folder is None]
+
+
+@pytest.fixture(scope="module")
+def root() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="denoised-plan-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def _no_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that nobody answers in: gloo would wait for the ranks that are not there."""
+    real = dist.new_group
+
+    def new_group(*args: Any, **options: Any) -> Any:
+        options.pop("use_local_synchronization", None)
+        return real(*args, **options | {"backend": "fake"})
+
+    monkeypatch.setattr(dist, "new_group", new_group)
+
+
+def bare(name: str, root: Path) -> Any:
+    """The pipeline of a row, from its configuration files."""
+    source, folder = checkpoint(name, root), root / "bare" / name
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
+    assert not list(folder.rglob("*.safetensors"))
+    return skeleton(str(folder))
+
+
+def facts(name: str, pipeline: Any) -> ModelFacts:
+    request = ROWS[name].request(0)
+    sizes = {k: request[k] for k in ("height", "width", "num_frames", "layers") if k in request}
+    return facts_of(pipeline, Ask(**sizes, text_tokens=8), model=name, dtype="float32")
+
+
+def engine_refusal(pipeline: Any, layout: Layout) -> str | None:
+    """What the engine says to it, if it does not start."""
+    parallel = layout.config()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.num_ranks)
+    try:
+        validate(EngineConfig(parallel_config=parallel))
+        mesh = Mesh(parallel, device="cpu", timeout=PATIENCE)
+        denoiser._divide(_copied(pipeline), resolve(pipeline), parallel, mesh)
+    except InvalidConfigError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return None
+
+
+def _copied(pipeline: Any) -> Any:
+    """Features change modules in place."""
+    other = copy.copy(pipeline)
+    for name, part in hf.components(pipeline).items():
+        if isinstance(part, torch.nn.Module):
+            setattr(other, name, without_values(part))
+    return other
+
+
+def singles() -> list[Layout]:
+    """Every setting alone, on two ranks."""
+    axes = [Layout(**{axis: 2}) for axis in ("cfg", "pipeline", "ring", "ulysses", "tensor")]
+    two = Layout(cfg=2)
+    over = [replace(two, hsdp=True), replace(two, vae_patch=2), replace(two, text_encoder_tp=2)]
+    return [*axes, *over, Layout(tensor=2, experts=True), Layout(ulysses=2, experts=True)]
+
+
+def combinations() -> list[Layout]:
+    """All axes on 2, 4 and 8 ranks, with all that may lie over them."""
+    found = []
+    for sizes in itertools.product((1, 2, 4, 8), repeat=5):
+        axes = dict(zip(("cfg", "pipeline", "ring", "ulysses", "tensor"), sizes, strict=True))
+        if (base := Layout(**axes)).num_ranks in NUM_RANKS:
+            switched = itertools.product((False, True), repeat=len(SETTINGS))
+            found += [replace(base, **dict(zip(SETTINGS, s, strict=True))) for s in switched]
+            found += [replace(base, vae_patch=n) for n in (2, base.num_ranks)]
+            found += [replace(base, text_encoder_tp=n) for n in (2, base.num_ranks)]
+    return found
+
+
+def compare(name: str, root: Path, layouts: list[Layout]) -> None:
+    pipeline = bare(name, root)
+    model = facts(name, pipeline)
+    recommended = [plan(replace(model, num_rows=8), HARDWARE["h100"], n).best.prediction.layout for n in NUM_RANKS]
+    accepted = {layout: engine_refusal(pipeline, layout) is None for layout in [*recommended, *layouts]}
+    assert [layout for layout in accepted if accepted[layout] != (problem(layout, model) is None)] == []
+    assert all(accepted[layout] for layout in recommended)
+    assert {True, False} <= set(accepted.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plan_and_engine_refuse_the_same(name: str, root: Path) -> None:
+    compare(name, root, [*singles(), *random.Random(name).sample(combinations(), SAMPLED)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_plan_and_engine_refuse_the_same_everywhere(name: str, root: Path) -> None:
+    compare(name, root, combinations())
+
+
+def test_refusals_name_the_way_out(root: Path) -> None:
+    model = facts("hidream_i1", bare("hidream_i1", root))
+    for layout, words in (
+        (Layout(tensor=3), "tensor_parallel_size=3 does not divide HiDreamImageTransformer2DModel; use one of 1, 2"),
+        (Layout(tensor=4, ulysses=2, uneven=True, experts=True), "at most 4"),
+        (Layout(ulysses=8), "ulysses_mode=advanced_uaa"),
+        (Layout(pipeline=99), "use at most"),
+        (Layout(cfg=8, text_encoder_tp=8), "text_encoder_tp_size=8 does not divide text_encoder"),
+    ):
+        assert words in str(problem(layout, model))
