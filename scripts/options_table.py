@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from denoised.cli import flags
+from denoised.cli.serve import SERVER
 from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.request import OmniDiffusionSamplingParams
+from denoised.server.settings import ServerConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 HEAD = """# Options
@@ -24,6 +26,7 @@ SECTIONS = (
     ("`Omni(...)`", EngineConfig, flags.ENGINE),
     ("`DiffusionParallelConfig(...)`", DiffusionParallelConfig, flags.PARALLEL),
     ("`OmniDiffusionSamplingParams(...)`", OmniDiffusionSamplingParams, flags.SAMPLING),
+    ("`denoised serve`", ServerConfig, SERVER),
 )
 
 

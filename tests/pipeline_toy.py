@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from denoised.features.pipeline import Stages
 from denoised.spec.model_spec import ModelSpec
 
 SPEC = ModelSpec(pipeline="Toy")
@@ -78,3 +80,12 @@ def toy_calls(model: nn.Module) -> list[Callable[..., Any]]:
     torch.manual_seed(1)
     inputs = [(torch.randn(2, 3 + n, 8), torch.randn(2, 2 + n, 8)) for n in range(4)]
     return [functools.partial(model, x, context) for x, context in inputs]
+
+
+def equal(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(a, b, strict=True))
+
+
+def turns(stages: Stages) -> list[int]:
+    """The rows that this stage went on with, one after the other."""
+    return [row for row, _ in itertools.groupby(mark.row for mark in stages.marks if mark.what == "begin")]

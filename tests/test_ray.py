@@ -22,8 +22,8 @@ from ray.cluster_utils import Cluster
 from denoised import DiffusionParallelConfig, Omni
 from denoised.config import EngineConfig, validate
 from denoised.errors import InvalidConfigError, ModelError
-from denoised.runtime import ray_cluster
-from denoised.runtime.ray_rank import interface_of
+from denoised.runtime import ray_cluster, ray_ranks
+from denoised.runtime.ray_rank import Place, interface_of
 from tests.contract.support import REORDERED, as_omni, difference, folder, media, plain, reference, request_of, seed_of
 from tests.test_replicas import LONG, Asked
 
@@ -57,6 +57,7 @@ def cluster(home: Path) -> Iterator[Cluster]:
     )
     made.add_node(num_cpus=1, env_vars={"HOME": "/nowhere"})
     os.environ["RAY_ADDRESS"] = made.address
+    ray_cluster.connect()
     yield made
     ray.shutdown()
     made.shutdown()
@@ -97,7 +98,7 @@ def test_what_the_cluster_lacks_is_said_with_numbers(cluster: Cluster) -> None:
     said = r"cfg 3 .*: 3 ranks need 3 CPUs, and the nodes .* have 2 \(\S+ has 1, \S+ has 1\); lower a degree"
     with pytest.raises(InvalidConfigError, match=said):
         omni(cfg_parallel_size=3)
-    assert time.monotonic() - started < 10, "a cluster is not waited for"
+    assert time.monotonic() - started < ray_cluster.PATIENCE / 2, "places that will never be are not waited for"
 
 
 def test_a_node_without_the_model_is_named(cluster: Cluster) -> None:
@@ -185,6 +186,15 @@ def test_without_ray_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else here(name))
     with pytest.raises(InvalidConfigError, match=r"needs Ray, which is not installed; pip install 'denoised\[ray\]'"):
         validate(EngineConfig(distributed_executor_backend="ray"))
+
+
+def test_ranks_of_a_node_are_neighbours_and_share_its_cores() -> None:
+    places = [Place(node=node, address=node, pid=1, version="") for node in "babba"]
+    order = ray_ranks._order(places)
+    assert order == [1, 4, 0, 2, 3]
+    specs = ray_ranks._specs(EngineConfig(), [places[bundle] for bundle in order], "tcp://x:1", num_replicas=2)
+    assert [spec.local_world_size for spec in specs] == [4, 4, 6, 6, 6]
+    assert [spec.rank for spec in specs] == [0, 1, 2, 3, 4]
 
 
 def test_the_interface_of_an_address() -> None:

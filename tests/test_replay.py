@@ -115,7 +115,9 @@ def test_the_trajectory_of_a_resumed_request_is_whole() -> None:
     whole = row.run(request)
     again = resumed(row, request, whole.saved[-1])
     seen, expected = again.flight.observer, whole.flight.observer
-    assert seen is not None and expected is not None and len(expected.latents) == 4
+    assert seen is not None
+    assert expected is not None
+    assert len(expected.latents) == 4
     assert all(map(torch.equal, seen.latents, expected.latents))
 
 
@@ -160,8 +162,10 @@ def test_a_request_without_a_form_to_keep_it_in_has_no_checkpoints_and_says_so()
     request = row.request(0, EVERY)
     odd = dataclasses.replace(request.params, extra_args={"attention_kwargs": {"what": object()}})
     run = row.run(dataclasses.replace(request, params=odd))
-    assert run.tensors and not run.saved
-    assert run.flight.task.journal is not None and "object cannot be kept" in run.flight.task.journal.problem
+    assert run.tensors
+    assert not run.saved
+    assert run.flight.task.journal is not None
+    assert "object cannot be kept" in run.flight.task.journal.problem
 
 
 # ------------------------------------------------------------------ the parts
@@ -169,7 +173,7 @@ def test_a_request_without_a_form_to_keep_it_in_has_no_checkpoints_and_says_so()
 
 def test_a_tree_comes_back_as_it_was() -> None:
     picture = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
-    tree = {
+    tree: dict[Any, Any] = {
         "a": [1, 2.5, None, True, "x", (float("inf"),)],
         3: torch.arange(3).to(torch.bfloat16),
         "n": np.float64(0.1),
@@ -178,9 +182,14 @@ def test_a_tree_comes_back_as_it_was() -> None:
         "d": torch.float16,
     }
     back = pack(tree).unpack()
-    assert list(back) == list(tree) and back["a"] == tree["a"] and type(back["n"]) is np.float64
-    assert torch.equal(back[3], tree[3]) and np.array_equal(back["m"], tree["m"]) and back["d"] is torch.float16
-    assert back["p"][0].tobytes() == picture.tobytes() and back["p"][1].mode == "P"
+    assert list(back) == list(tree)
+    assert back["a"] == tree["a"]
+    assert type(back["n"]) is np.float64
+    assert torch.equal(back[3], tree[3])
+    assert np.array_equal(back["m"], tree["m"])
+    assert back["d"] is torch.float16
+    assert back["p"][0].tobytes() == picture.tobytes()
+    assert back["p"][1].mode == "P"
     with pytest.raises(UnpackableError):
         pack([object()])
 
@@ -194,7 +203,8 @@ def half() -> torch.Tensor:
 def test_what_does_not_depend_on_the_unknown_is_known(half: torch.Tensor) -> None:
     value = (half * 2 - 1).unsqueeze(0).flatten(0, 1)[:1]
     assert isinstance(value, Unknown)
-    assert type(known(value)) is torch.Tensor and torch.equal(known(value), torch.ones(1, 4))
+    assert type(known(value)) is torch.Tensor
+    assert torch.equal(known(value), torch.ones(1, 4))
     assert torch.equal(known(torch.zeros_like(half)), torch.zeros(2, 4))
     buffer = torch.zeros(2, 4)
     buffer[:] = half  # from now on it is open, too
@@ -258,8 +268,7 @@ def omni() -> Iterator[Omni]:
 
 @pytest.fixture(scope="module")
 def heard(omni: Omni) -> list[Any]:
-    request = omni._request("watched", PROMPT, STEPS)
-    return events(omni, dataclasses.replace(request, service=Service(checkpoint_every=2)))
+    return events(omni, omni._request("watched", PROMPT, STEPS, Service(checkpoint_every=2)))
 
 
 def picture(output: OmniRequestOutput) -> bytes:
@@ -281,7 +290,8 @@ def test_another_engine_goes_on_with_a_checkpoint(omni: Omni, heard: list[Any]) 
     for output, event in zip(outputs, saved, strict=True):
         assert picture(output) == picture(heard[-1])
         assert forwards(output) == [2 * (6 - event.step)]
-        assert output.receipt is not None and output.receipt.resumed_from_step == event.step
+        assert output.receipt is not None
+        assert output.receipt.resumed_from_step == event.step
         assert f"resumed from step {event.step}" in output.receipt.line()
 
 
@@ -291,23 +301,24 @@ def test_one_of_several_that_were_begun_is_continued(heard: list[Any]) -> None:
     async def main() -> OmniRequestOutput:
         async with AsyncOmni(num_threads=1) as omni:
             first = None
-            request = dataclasses.replace(omni._request("a", PROMPT, STEPS), service=Service(checkpoint_every=2))
-            async for event in omni._events(request):
+            async for event in omni.generate(PROMPT, STEPS, service=Service(checkpoint_every=2)):
                 if isinstance(event, Saved):
                     first = event.checkpoint
                     break
-            return [event async for event in omni.resume(first)][-1]
+            *_, output = [event async for event in omni.resume(first)]
+            assert isinstance(output, OmniRequestOutput)
+            return output
 
     output = asyncio.run(main())
-    assert picture(output) == picture(heard[-1]) and forwards(output) == [8]
+    assert picture(output) == picture(heard[-1])
+    assert forwards(output) == [8]
 
 
 def test_a_request_goes_on_where_it_was_when_a_rank_dies(heard: list[Any]) -> None:
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     with Omni(parallel_config=DiffusionParallelConfig(cfg_parallel_size=2), num_threads=1) as omni:
         alone = omni.generate(PROMPT, STEPS, use_tqdm=False)[0]
-        request = omni._request("dies", PROMPT, STEPS)
-        omni._client.submit(dataclasses.replace(request, service=Service(checkpoint_every=2)), inbox.put)
+        omni._client.submit(omni._request("dies", PROMPT, STEPS, Service(checkpoint_every=2)), inbox.put)
         while not isinstance(inbox.get(), Saved):
             pass
         os.kill(omni.rank_pids[1], signal.SIGKILL)
@@ -315,7 +326,8 @@ def test_a_request_goes_on_where_it_was_when_a_rank_dies(heard: list[Any]) -> No
         while not isinstance(output, OmniRequestOutput):
             output = inbox.get()
     assert picture(output) == picture(alone)
-    assert output.receipt is not None and output.receipt.restarts == 1
+    assert output.receipt is not None
+    assert output.receipt.restarts == 1
     assert output.receipt.resumed_from_step in (2, 4)
     assert forwards(output) == [6 - output.receipt.resumed_from_step] * 2, "each rank ran only what was left"
 
@@ -324,10 +336,12 @@ def test_what_cannot_go_on_is_computed_from_its_start_and_says_so() -> None:
     name, index = next(iter(DECIDES.items()))
     prompt, params = as_omni(request_of(name, index), 7, "latent")
     with Omni(folder(name), num_threads=1, plugins=("tests.contract.rank_setup",)) as omni:
-        request = dataclasses.replace(omni._request("a", prompt, params), service=EVERY)
-        *_, saved, whole = [event for event in events(omni, request) if isinstance(event, Saved | OmniRequestOutput)]
+        heard = events(omni, omni._request("a", prompt, params, EVERY))
+        saved, whole = next(event for event in heard if isinstance(event, Saved)), heard[-1]
         again = omni.resume(saved.checkpoint, use_tqdm=False)[0]
-    assert again.error is None and torch.equal(again.latents, whole.latents)
-    assert again.receipt is not None and again.receipt.resumed_from_step == 0
+    assert again.error is None
+    assert torch.equal(again.latents, whole.latents)
+    assert again.receipt is not None
+    assert again.receipt.resumed_from_step == 0
     assert forwards(again) == forwards(whole)
     assert "computed from the start" in again.receipt.notes[0]

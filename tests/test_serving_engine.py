@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from denoised import AsyncOmni, DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams
-from denoised.errors import InvalidRequestError, QueueFullError
+from denoised.errors import InvalidConfigError, InvalidRequestError, QueueFullError
 from denoised.request import OmniRequestOutput, Progress, Service
 from tests.contract.support import as_omni, difference, folder, media, plain, request_of, seed_of
 from tests.test_replicas import Asked
@@ -230,3 +230,26 @@ def test_small_requests_are_not_held_up_by_a_large_one(single: Omni) -> None:
         stats = engine.stats()
         assert stats.time_to_free.latest < max(1.0, seconds), stats.time_to_free
         assert stats.work.rows_joined_total > 0, "small ones shared forwards"
+
+
+def test_memory_that_is_not_there() -> None:
+    """What can never fit is refused with the largest size that would; that size runs. What does not fit now waits."""
+    with omni(max_num_seqs=4, memory_limit_mb=40) as engine:
+        footprint = engine.info.footprint
+        with pytest.raises(InvalidRequestError, match=r"MB beside the weights; ask for at most (\d+) x \1") as refused:
+            engine._request("a", "a cat", OmniDiffusionSamplingParams(height=4096, width=4096))
+        side = int(str(refused.value).rsplit(" ", 1)[-1].rstrip("."))
+        assert 0 < side < 4096
+        engine._request("a", "a cat", OmniDiffusionSamplingParams(height=side, width=side))
+        larger = side + engine.info.size_multiple
+        with pytest.raises(InvalidRequestError, match="beside the weights"):
+            engine._request("a", "a cat", OmniDiffusionSamplingParams(height=larger, width=larger))
+        outputs = engine.generate(
+            ["a cat", "a dog"],
+            [OmniDiffusionSamplingParams(height=n, width=n, num_inference_steps=2) for n in (4096, 64)],
+            use_tqdm=False,
+        )
+        assert [output.error_kind for output in outputs] == ["invalid_request", None]
+        assert footprint.weights > 0
+    with pytest.raises(InvalidConfigError, match="memory_limit_mb=1: the weights of a rank alone take about"):
+        omni(memory_limit_mb=1)

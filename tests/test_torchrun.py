@@ -75,7 +75,7 @@ def torchrun(
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     arguments = [folder("qwen_image"), str(tmp_path / "out"), json.dumps(degrees)]
     return subprocess.run(
-        command + arguments, env=environment, capture_output=True, text=True, timeout=200, check=False
+        command + arguments, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
 
 

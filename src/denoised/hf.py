@@ -51,7 +51,7 @@ _CHANGES = frozenset(
 
 
 def changes_modules(pipeline: Any) -> bool:
-    """Whether a pipeline's call changes modules that other requests use at the same time. Told from the names in it."""
+    """Whether a pipeline's call changes modules that other requests use meanwhile. Told from the names in it."""
     call = inspect.unwrap(type(pipeline).__call__)
     return not _CHANGES.isdisjoint(call.__code__.co_names)
 

@@ -74,9 +74,9 @@ def folder(name: str) -> str:
     return str(checkpoint(name, _ROOT))
 
 
-def engine(name: str, *, ranks: int = 1, **settings: Any) -> Omni:
+def engine(name: str, *, ranks: int = 1, stages: int = 1, **settings: Any) -> Omni:
     """An engine for a row's checkpoint, one thread a rank."""
-    parallel = DiffusionParallelConfig(cfg_parallel_size=ranks)
+    parallel = DiffusionParallelConfig(cfg_parallel_size=ranks, pipeline_parallel_size=stages)
     return Omni(
         folder(name), parallel_config=parallel, num_threads=1, plugins=("tests.contract.rank_setup",), **settings
     )

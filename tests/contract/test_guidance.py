@@ -126,3 +126,14 @@ def test_guidance_that_is_asked_for_acts_without_a_negative_prompt() -> None:
     assert output.receipt is not None
     assert output.receipt.ranks[0].rows == 4
     assert output.receipt.notes == []
+
+
+@pytest.mark.parametrize(("count", "joined"), [(2, False), (4, True)])
+def test_joined_rows_leave_a_forward_for_each_stage(count: int, joined: bool) -> None:
+    """Two requests that could share every forward are kept apart on two stages, which would not overlap otherwise."""
+    with engine("qwen_image", stages=2) as omni:
+        prompt, params = as_omni(request_of("qwen_image", 0, True), seed_of(0), "latent")
+        outputs = omni.generate([prompt] * count, params, use_tqdm=False)
+    for output in outputs:
+        assert difference(reference("qwen_image", 0, "latent", True), media(output)) <= 1e-5
+    assert (max(o.receipt.rows_joined for o in outputs if o.receipt) > 0) is joined

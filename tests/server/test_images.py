@@ -155,7 +155,7 @@ def test_stream_that_fails_says_so_in_the_stream(shapes: Live) -> None:
 ENDLESS = {"prompt": PROMPT, "num_inference_steps": 9000}
 
 
-def _hang_up(shapes: Live, path: str, body: dict[str, Any]) -> float:
+def hang_up(shapes: Live, path: str, body: dict[str, Any]) -> float:
     """Send a request, wait until it computes, close the connection; the seconds until nothing runs."""
     raw = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
@@ -181,7 +181,7 @@ def _hang_up(shapes: Live, path: str, body: dict[str, Any]) -> float:
 def test_hanging_up_stops_the_work(shapes: Live, path: str, body: dict[str, Any]) -> None:
     """Within a step or so; the engine counts the abort and how long it took, and goes on."""
     before = shapes.stats()
-    _hang_up(shapes, path, body)
+    hang_up(shapes, path, body)
     after = shapes.stats()
     assert after.errors_total["aborted"] == before.errors_total.get("aborted", 0) + 1
     assert after.time_to_free.count == before.time_to_free.count + 1

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from tests.sweep import audio, images, images_recent, stable_diffusion, stages, videos
+from tests.sweep import (
+    audio,
+    audio_mel,
+    images,
+    images_llm,
+    images_recent,
+    kandinsky,
+    stable_diffusion,
+    stages,
+    videos,
+    videos_llm,
+)
 from tests.sweep.case import Case, of_row
 from tests.tiny import ROWS
 
@@ -33,7 +44,18 @@ _OF_ROWS = {
     "LTXPipeline": "ltx",
     "PixArtSigmaPipeline": "pixart_sigma",
 }
-_FAMILIES = (stable_diffusion, images, videos, audio, stages, images_recent)
+_FAMILIES = (
+    stable_diffusion,
+    images,
+    images_llm,
+    images_recent,
+    videos,
+    videos_llm,
+    audio,
+    audio_mel,
+    kandinsky,
+    stages,
+)
 
 CASES: dict[str, Case] = {
     case.pipeline: case

@@ -42,7 +42,7 @@ class Report:
 def on_one_rank(rank: int, world_size: int, name: str) -> Report:
     """Plain results, then alone, interleaved and cancelled through the engine."""
     case, report = case_of(name), Report()
-    with _quiet():
+    with quiet():
         pipeline = built(case)
         report.references = [plain(pipeline, case, i) for i in (0, 1)]
         _check_references(report.references)
@@ -56,7 +56,7 @@ def on_one_rank(rank: int, world_size: int, name: str) -> Report:
 def on_two_ranks(rank: int, world_size: int, name: str, references: list[list[torch.Tensor]]) -> Report:
     """Guidance branches on two ranks. Each rank has its own copy of this program, as under torchrun."""
     case, report = case_of(name), Report(references=references)
-    with _quiet(), as_under_torchrun(rank, world_size):
+    with quiet(), as_under_torchrun(rank, world_size):
         pipeline = built(case)
         if case.double:
             pipeline.to(torch.float64)
@@ -193,7 +193,7 @@ def _output_type(omni: Omni, case: Case) -> str:
 
 
 def _together(
-    omni: Omni, case: Case, victim: str | None = None, order: tuple[int, int] = (0, 1)
+    omni: Omni, case: Case, victim: str | None = None, order: tuple[int, ...] = (0, 1)
 ) -> list[Progress | OmniRequestOutput]:
     """All events of requests 0 and 1, in flight together; the victim is stopped at its first step."""
     events: list[Progress | OmniRequestOutput] = []
@@ -203,7 +203,7 @@ def _together(
         events.append(event)
         if isinstance(event, Progress) and event.request_id == victim:
             omni.abort(event.request_id)
-        if sum(isinstance(e, OmniRequestOutput) for e in events) == 2:
+        if sum(isinstance(e, OmniRequestOutput) for e in events) == len(order):
             done.set()
 
     for index in order:
@@ -211,6 +211,12 @@ def _together(
         omni._client.submit(omni._request(f"i{index}", prompt, params), hear)
     assert done.wait(timeout=PATIENCE), "no output in time"
     return events
+
+
+def stopped_at_first_step(omni: Omni, case: Case) -> list[OmniRequestOutput]:
+    """The output of request 0 alone, stopped at its first step."""
+    events = _together(omni, case, victim="i0", order=(0,))
+    return [event for event in events if isinstance(event, OmniRequestOutput)]
 
 
 def _compare(report: Report, check: str, index: int, output: OmniRequestOutput, bound: float) -> None:
@@ -229,7 +235,7 @@ def _nothing_left(verdict: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     from tests.tiny import small_images
 
     with warnings.catch_warnings(), small_images():

@@ -20,6 +20,7 @@ _W = encoders.WIDTH
 _SIZE = {"height": 32, "width": 32}
 _GUIDED = {**_SIZE, "guidance_scale": 5.0}
 _SHORT = {**_GUIDED, "max_sequence_length": 64}
+_STORES = "each branch has a store of keys and values, which stays on one rank; use_kv_cache=False divides them"
 _TAPPED = 36  # layers of the language model, the last of which Ideogram reads
 
 
@@ -203,6 +204,7 @@ def _kolors(name: str, **more: Any) -> DiffusionPipeline:
         multi_query_attention=True,
         multi_query_group_num=2,
         add_qkv_bias=True,
+        original_rope=True,
         rmsnorm=True,
     )
     unet = parts.unet(
@@ -251,7 +253,9 @@ _PRIOR = {"height": 128, "width": 128, "guidance_scale": 4.0}
 CASES = (
     Case(pipeline="BriaFiboPipeline", build=_bria_fibo, call=_SHORT),
     Case(
-        pipeline="NucleusMoEImagePipeline", build=_nucleus, call={**_GUIDED, "max_sequence_length": 128, "return_index": -1}
+        pipeline="NucleusMoEImagePipeline",
+        build=_nucleus,
+        call={**_GUIDED, "max_sequence_length": 128, "return_index": -1},
     ),
     Case(
         pipeline="Ideogram4Pipeline",
@@ -259,7 +263,7 @@ CASES = (
         call={**_SHORT, "guidance_schedule": None},
         negative=False,
     ),
-    Case(pipeline="QwenImage21Pipeline", build=_qwen21, call={**_SIZE, "true_cfg_scale": 4.0}),
+    Case(pipeline="QwenImage21Pipeline", build=_qwen21, call={**_SIZE, "true_cfg_scale": 4.0}, whole=_STORES),
     Case(pipeline="DreamLitePipeline", build=lambda: _dreamlite("DreamLitePipeline"), call=_SHORT),
     Case(
         pipeline="DreamLiteMobilePipeline",
@@ -276,6 +280,6 @@ CASES = (
         whole=parts.PAG,
     ),
     Case(pipeline="StableCascadePriorPipeline", build=_cascade_prior, call=_PRIOR),
-    Case(pipeline="WuerstchenPriorPipeline", build=_wuerstchen_prior, call=_PRIOR),
+    Case(pipeline="WuerstchenPriorPipeline", double=True, build=_wuerstchen_prior, call=_PRIOR),
     Case(pipeline="ZImageOmniPipeline", build=_z_image_omni, call={**_SHORT, "cfg_normalization": False}),
 )

@@ -11,6 +11,7 @@ import transformers
 from diffusers import (
     AutoencoderKLWan,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     UNet2DConditionModel,
 )
@@ -35,6 +36,22 @@ def unet(**settings: Any) -> UNet2DConditionModel:
         "cross_attention_dim": encoders.WIDTH,
     }
     return randomize(UNet2DConditionModel(**sizes | settings), 201)
+
+
+def t5(max_length: int = 64) -> dict[str, Any]:
+    tokenizer = tokenizers.t5(max_length)
+    return {"text_encoder": encoders.t5(tokenizer), "tokenizer": tokenizer}
+
+
+def umt5() -> dict[str, Any]:
+    tokenizer = tokenizers.t5()
+    return {"text_encoder": encoders.umt5(tokenizer), "tokenizer": tokenizer}
+
+
+def pipe(name: str, transformer: Any, *, seed: int = 301, **components: Any) -> DiffusionPipeline:
+    """A pipeline of a transformer, by default with a flow-matching scheduler."""
+    given = {"scheduler": flow(), "transformer": randomize(transformer, seed)} | components
+    return getattr(diffusers, name)(**given)
 
 
 def ddim(**settings: Any) -> DDIMScheduler:
@@ -155,7 +172,39 @@ def qwen3_vl(tokenizer: Any, cls: Any, layers: int = 3) -> Any:
         "hidden_size": 16,
         "intermediate_size": 16,
         "num_heads": 2,
-        "out_hidden_size": _W,
+        "out_hidden_size": encoders.WIDTH,
         "deepstack_visual_indexes": [0],
     }
     return randomize(cls(transformers.Qwen3VLConfig(text_config=sizes, vision_config=vision)), 204)
+
+
+def prior() -> Any:
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=16, embedding_dim=encoders.WIDTH, num_layers=2, num_embeddings=77
+    )
+    return randomize(prior, 601)
+
+
+def prior_scheduler(**more: Any) -> Any:
+    return diffusers.UnCLIPScheduler(
+        variance_type="fixed_small_log", prediction_type="sample", clip_sample=True, clip_sample_range=5.0, **more
+    )
+
+
+def added_kv_unet(**more: Any) -> Any:
+    sizes: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 8,
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "encoder_hid_dim": encoders.WIDTH,
+        "cross_attention_dim": encoders.WIDTH,
+        "attention_head_dim": 4,
+        "resnet_time_scale_shift": "scale_shift",
+    }
+    return randomize(diffusers.UNet2DConditionModel(**sizes | more), 604)

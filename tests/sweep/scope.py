@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 # Arguments that a class starts from, beside the prompt.
 _INPUTS = frozenset(
     "image video mask mask_image control_image control_video control_camera_video conditioning_frames token_indices "
-    "reference_latents reference_audio audio init_audio cond_image ip_adapter_image_embeds_required".split()
+    "reference_latents reference_audio audio init_audio cond_image".split()
 )
 # Their inputs are optional, or go by other names.
 _BY_NAME = ("ControlNet", "DiffEdit", "Pix2PixZero", "GLIGENTextImage", "TemporalRefine", "Inpaint", "AudioToAudio")
@@ -21,11 +21,20 @@ _BY_NAME = ("ControlNet", "DiffEdit", "Pix2PixZero", "GLIGENTextImage", "Tempora
 TEXT = "makes text, not media"
 # Why a class that makes media from text is not built here.
 _VISION = "its processor needs torchvision, which has no build for a CPU torch"
+_LATER = "no tiny build yet"
 UNBUILT: dict[str, str] = {
     "OmniGenPipeline": _VISION,
     "LLaDA2Pipeline": TEXT,
     "DiffusionGemmaPipeline": TEXT,
     "JoyImageEditPlusPipeline": "edits pictures; without one it has nothing to work on",
+    "LTX2DFRPipeline": "refines latents of an earlier run; " + _LATER,
+    "AltDiffusionPipeline": _LATER,
+    "BriaFibo2Pipeline": _LATER,
+    "Kandinsky6TI2VAPipeline": _LATER,
+    "LTXI2VLongMultiPromptPipeline": _LATER,
+    "UniDiffuserPipeline": _LATER,
+    "VQDiffusionPipeline": _LATER,
+    "VersatileDiffusionTextToImagePipeline": _LATER,
 }
 
 

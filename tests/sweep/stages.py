@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import transformers
 from diffusers import DiffusionPipeline
 
 from tests.sweep import parts
@@ -14,138 +13,6 @@ from tests.tiny import encoders, tokenizers, vaes
 from tests.tiny.weights import randomize
 
 _W = encoders.WIDTH
-
-
-def _prior() -> Any:
-    prior = diffusers.PriorTransformer(
-        num_attention_heads=2, attention_head_dim=16, embedding_dim=_W, num_layers=2, num_embeddings=77
-    )
-    return randomize(prior, 601)
-
-
-def _prior_scheduler(**more: Any) -> Any:
-    return diffusers.UnCLIPScheduler(
-        variance_type="fixed_small_log", prediction_type="sample", clip_sample=True, clip_sample_range=5.0, **more
-    )
-
-
-def _image_encoder() -> dict[str, Any]:
-    config = transformers.CLIPVisionConfig(
-        hidden_size=_W,
-        image_size=32,
-        projection_dim=_W,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        patch_size=16,
-    )
-    return {
-        "image_encoder": randomize(transformers.CLIPVisionModelWithProjection(config), 602),
-        "image_processor": transformers.CLIPImageProcessor(crop_size=32, size=32),
-    }
-
-
-def _kandinsky_prior() -> dict[str, Any]:
-    tokenizer = tokenizers.clip()
-    return {
-        "prior": _prior(),
-        "text_encoder": encoders.clip_projected(tokenizer),
-        "tokenizer": tokenizer,
-        "scheduler": _prior_scheduler(),
-        **_image_encoder(),
-    }
-
-
-def _movq() -> Any:
-    vq = diffusers.VQModel(
-        block_out_channels=[32, 32],
-        down_block_types=["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
-        in_channels=3,
-        latent_channels=4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        norm_type="spatial",
-        num_vq_embeddings=12,
-        out_channels=3,
-        up_block_types=["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
-        vq_embed_dim=4,
-    )
-    return randomize(vq, 603)
-
-
-def _added_kv_unet(**more: Any) -> Any:
-    sizes: dict[str, Any] = {
-        "sample_size": 16,
-        "in_channels": 4,
-        "out_channels": 8,
-        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "encoder_hid_dim": _W,
-        "cross_attention_dim": _W,
-        "attention_head_dim": 4,
-        "resnet_time_scale_shift": "scale_shift",
-    }
-    return randomize(diffusers.UNet2DConditionModel(**sizes | more), 604)
-
-
-def _kandinsky22(name: str) -> DiffusionPipeline:
-    prior = {f"prior_{k}": v for k, v in _kandinsky_prior().items()}
-    return getattr(diffusers, name)(
-        unet=_added_kv_unet(addition_embed_type="image", encoder_hid_dim_type="image_proj"),
-        scheduler=parts.ddim(),
-        movq=_movq(),
-        **prior,
-    )
-
-
-def _kandinsky21() -> DiffusionPipeline:
-    from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
-
-    tokenizer = tokenizers.clip()
-    config = MCLIPConfig(
-        numDims=_W,
-        transformerDimensions=_W,
-        hidden_size=_W,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=120,
-    )
-    prior = {f"prior_{k}": v for k, v in _kandinsky_prior().items()}
-    return diffusers.KandinskyCombinedPipeline(
-        text_encoder=randomize(MultilingualCLIP(config), 605),
-        tokenizer=tokenizer,
-        unet=_added_kv_unet(addition_embed_type="text_image", encoder_hid_dim_type="text_image_proj"),
-        scheduler=parts.ddim(),
-        movq=_movq(),
-        **prior,
-    )
-
-
-def _kandinsky3() -> DiffusionPipeline:
-    tokenizer = tokenizers.t5(128)
-    unet = diffusers.Kandinsky3UNet(
-        in_channels=4,
-        time_embedding_dim=4,
-        groups=2,
-        attention_head_dim=4,
-        layers_per_block=3,
-        block_out_channels=(32, 64),
-        cross_attention_dim=4,
-        encoder_hid_dim=_W,
-    )
-    return diffusers.Kandinsky3Pipeline(
-        unet=randomize(unet, 606),
-        scheduler=parts.ddim(),
-        movq=_movq(),
-        text_encoder=encoders.t5(tokenizer),
-        tokenizer=tokenizer,
-    )
 
 
 def _cascade_prior() -> Any:
@@ -253,8 +120,8 @@ def _unclip() -> DiffusionPipeline:
         "out_channels": 3,
     }
     return diffusers.UnCLIPPipeline(
-        prior=_prior(),
-        decoder=_added_kv_unet(
+        prior=parts.prior(),
+        decoder=parts.added_kv_unet(
             in_channels=3,
             out_channels=6,
             class_embed_type="identity",
@@ -266,7 +133,7 @@ def _unclip() -> DiffusionPipeline:
         text_proj=randomize(text_proj, 612),
         super_res_first=randomize(diffusers.UNet2DModel(**large), 613),
         super_res_last=randomize(diffusers.UNet2DModel(**large), 614),
-        prior_scheduler=_prior_scheduler(num_train_timesteps=1000),
+        prior_scheduler=parts.prior_scheduler(num_train_timesteps=1000),
         decoder_scheduler=diffusers.UnCLIPScheduler(variance_type="learned_range", prediction_type="epsilon"),
         super_res_scheduler=diffusers.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="epsilon"),
     )
@@ -280,7 +147,7 @@ def _stable_unclip() -> DiffusionPipeline:
     return diffusers.StableUnCLIPPipeline(
         prior_tokenizer=tokenizer,
         prior_text_encoder=encoders.clip_projected(tokenizer),
-        prior=_prior(),
+        prior=parts.prior(),
         prior_scheduler=diffusers.DDPMScheduler(
             variance_type="fixed_small_log", prediction_type="sample", clip_sample=True, clip_sample_range=5.0
         ),
@@ -296,7 +163,7 @@ def _stable_unclip() -> DiffusionPipeline:
 
 def _deepfloyd() -> DiffusionPipeline:
     tokenizer = tokenizers.t5(77)
-    unet = _added_kv_unet(
+    unet = parts.added_kv_unet(
         in_channels=3,
         out_channels=6,
         encoder_hid_dim=_W,
@@ -367,30 +234,8 @@ def _ldm() -> DiffusionPipeline:
 
 _SIZE = {"height": 32, "width": 32, "guidance_scale": 4.0}
 
+
 CASES = (
-    Case(
-        pipeline="KandinskyCombinedPipeline",
-        double=True,
-        build=_kandinsky21,
-        call={**_SIZE, "prior_num_inference_steps": 2},
-    ),
-    Case(
-        pipeline="KandinskyV22CombinedPipeline",
-        double=True,
-        build=lambda: _kandinsky22("KandinskyV22CombinedPipeline"),
-        call={**_SIZE, "prior_num_inference_steps": 2},
-    ),
-    Case(
-        pipeline="KandinskyPriorPipeline",
-        build=lambda: diffusers.KandinskyPriorPipeline(**_kandinsky_prior()),
-        call={"guidance_scale": 4.0},
-    ),
-    Case(
-        pipeline="KandinskyV22PriorPipeline",
-        build=lambda: diffusers.KandinskyV22PriorPipeline(**_kandinsky_prior()),
-        call={"guidance_scale": 4.0},
-    ),
-    Case(pipeline="Kandinsky3Pipeline", double=True, build=_kandinsky3, call=_SIZE),
     Case(
         pipeline="StableCascadeCombinedPipeline",
         double=True,

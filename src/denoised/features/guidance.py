@@ -116,7 +116,12 @@ class Guidance:
                 self._run_for_company(together)
 
     def _groups(self, pieces: list[Piece]) -> list[list[Piece]]:
-        return group(pieces, self._rules, self._may_join, self._max_rows if self._join else 1)
+        return group(pieces, self._rules, self._may_join, self._row_limit(pieces) if self._join else 1)
+
+    def _row_limit(self, pieces: list[Piece]) -> int:
+        """Of one forward. Stages overlap on different forwards, so where there are stages, as many forwards are left."""
+        num_stages = max((stages.num_stages for stages in self._stages.values()), default=1)
+        return min(self._max_rows, max(1, sum(len(piece.rows) for piece in pieces) // num_stages))
 
     def _program(self, plans: dict[int, list[list[Piece]]]) -> list[tuple[list[Piece], bool]]:
         """This rank's forwards; in lockstep also those it has too few of, denoiser by denoiser in one order."""

@@ -56,7 +56,8 @@ class Clerk:
             self._shut()
             raise
         max_num_seqs = 1 if self.info.exclusive else config.max_num_seqs
-        self._scheduler = Scheduler(max_num_seqs, len(self._replicas.crews))
+        room = self.info.footprint.room if self.info.footprint is not None else math.inf
+        self._scheduler = Scheduler(max_num_seqs, len(self._replicas.crews), room=room)
         self._desk = Desk(self._scheduler, config, self.info, size=max_num_seqs)
         self._next_look, self._looked = math.inf, 0.0
         self._thread = threading.Thread(target=self._loop, name="denoised-client", daemon=True)
@@ -99,7 +100,8 @@ class Clerk:
             self._end_early(request_id, too_late(self._pending[request_id].request), now)
         for event in self._desk.places(now):
             self._tell(self._pending[event.request_id], event)
-        for replica, silence in self._desk.hung(now) if quiet else ():
+        writing = self._traces is not None and self._traces.missing  # which may take long
+        for replica, silence in self._desk.hung(now) if quiet and not writing else ():
             self._hung(replica, silence)
         then = time.monotonic()
         self._desk.took(then - now)

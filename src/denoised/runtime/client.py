@@ -46,7 +46,8 @@ class Client(Clerk):
         """
         with self._door:  # nothing enters behind `_stop`
             if not self._closed:
-                self._enter(request, bounded)
+                # Programs under torchrun must stay alike, and each would count for itself.
+                self._enter(request, bounded and self._replicas.torchrun is None)
                 came = time.monotonic()
                 self._inbox.put(lambda: self._submit(request, listener, came))
                 return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from denoised.request import OmniDiffusionSamplingParams, Request
+from denoised.request import OmniDiffusionSamplingParams, PromptDict, Request
 from denoised.runtime.model_info import ModelInfo
 
 # What most pipelines take where a request says nothing.
@@ -29,19 +29,43 @@ class Cost:
         return self.per_step * self.steps
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a step of a request computes: tokens of one output (patches of its area, times its latent frames), guidance
+    branches, and outputs."""
+
+    tokens: int
+    branches: int = 1
+    outputs: int = 1
+    frames: int = 1
+
+    @property
+    def per_step(self) -> float:
+        return float(self.tokens * self.branches * self.outputs)
+
+
+def tokens_of(height: int | None, width: int | None, frames: int, info: ModelInfo, side: int = USUAL_SIDE) -> int:
+    """Tokens of one output of so many latent frames."""
+    area = (height or side) * (width or side)
+    return max(1, area // info.size_multiple**2) * frames
+
+
+def shape_of(prompt: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo) -> Shape:
+    """The shape of a request that has been checked against `info`."""
+    asked = (params.num_frames or USUAL_FRAMES) if info.kind == "video" else 1
+    frames = (asked - 1) // info.frame_multiple + 1
+    return Shape(
+        tokens=tokens_of(params.height, params.width, frames, info, params.resolution or USUAL_SIDE),
+        branches=_branches(prompt, params, info),
+        outputs=params.num_outputs_per_prompt * (params.layers or 1),
+        frames=frames,
+    )
+
+
 def predict(request: Request, info: ModelInfo) -> Cost:
     """The cost of a request that has been checked against `info`."""
-    params = request.params
-    outputs = params.num_outputs_per_prompt * (params.layers or 1)
-    return Cost(per_step=float(_tokens(params, info) * _branches(request, info) * outputs), steps=_steps(params))
-
-
-def _tokens(params: OmniDiffusionSamplingParams, info: ModelInfo) -> int:
-    """Patches of one output: of its area, times its latent frames."""
-    side = params.resolution or USUAL_SIDE
-    area = (params.height or side) * (params.width or side)
-    frames = (params.num_frames or USUAL_FRAMES) if info.kind == "video" else 1
-    return max(1, area // info.size_multiple**2) * ((frames - 1) // info.frame_multiple + 1)
+    shape = shape_of(request.prompt, request.params, info)
+    return Cost(per_step=shape.per_step, steps=_steps(request.params))
 
 
 def _steps(params: OmniDiffusionSamplingParams) -> int:
@@ -49,9 +73,8 @@ def _steps(params: OmniDiffusionSamplingParams) -> int:
     return len(schedule) if schedule else params.num_inference_steps or USUAL_STEPS
 
 
-def _branches(request: Request, info: ModelInfo) -> int:
+def _branches(prompt: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo) -> int:
     """2 where guidance seems to act. Beside a scale of true guidance, the other one is an input of the model."""
-    params, prompt = request.params, request.prompt
     if "true_cfg_scale" in info.parameters:
         scale: float | None = params.true_cfg_scale
         possible = any(prompt.get(key) is not None for key in ("negative_prompt", "negative_prompt_embeds"))

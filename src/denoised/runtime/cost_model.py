@@ -7,6 +7,7 @@ Pure Python, no clock; equal measurements give equal answers, so that all ranks 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ GAIN = 0.97
 # A joined time counts against joining after so many measurements; it is tried anew after so many of its kind.
 TRUST, TRY_AGAIN = 3, 400
 KEPT = 7
+# What runs for the first time warms up caches and memory: until trusted it counts as at most so many times a guess.
+FIRST_RUN = 2.0
 # The kinds that were met first are forgotten.
 MAX_KINDS = 1024
 
@@ -65,10 +68,13 @@ class CostModel:
     def seconds(self, load: Load) -> float:
         """One load by itself."""
         seen = self._seen.get(load.kind, {}).get((load.requests, load.rows), ())
-        if len(seen) >= (1 if load.requests == 1 else TRUST):
-            return _middle(seen)
+        if len(seen) >= TRUST:
+            return middle(seen)
+        if seen and load.requests == 1:
+            others = self._per_element(load, default=math.inf)
+            return min(middle(seen), FIRST_RUN * others * load.size * load.rows)
         guess = self._alone(load, load.rows) if load.requests == 1 else self._joined(load)
-        return min(_middle(seen), guess) if seen else guess
+        return min(middle(seen), guess) if seen else guess
 
     def learn(self, loads: Sequence[Load], seconds: float) -> None:
         """One rank took so long for all of these; each takes its part of what is not as predicted."""
@@ -95,30 +101,30 @@ class CostModel:
     def _alone(self, load: Load, rows: int) -> float:
         """So many rows of one request: like other numbers of rows of its kind, else like other kinds, by elements."""
         table = self._seen.get(load.kind, {})
-        known = {n: _middle(seen) for (requests, n), seen in table.items() if requests == 1}
+        known = {n: middle(seen) for (requests, n), seen in table.items() if requests == 1}
         if known:
             nearest = min(known, key=lambda n: (abs(n - rows), n))
             return known[nearest] * rows / nearest
         if table:  # measured joined only: joined again a few times, then tried alone
             (_, n), seen = min(table.items(), key=lambda item: item[0])
-            return _middle(seen) * rows / n * (HOPE if sum(map(len, table.values())) >= TRUST else 1 / HOPE)
+            return middle(seen) * rows / n * (HOPE if sum(map(len, table.values())) >= TRUST else 1 / HOPE)
         return self._per_element(load) * load.size * rows
 
-    def _per_element(self, load: Load) -> float:
+    def _per_element(self, load: Load, default: float = FIRST_GUESS) -> float:
         """Of the kind that is nearest in size; kinds of another sort (an encoder) say nothing of this one."""
         sort = load.kind[0] if isinstance(load.kind, tuple) else None
         near: list[tuple[float, float]] = []
         for kind, size in self._sizes.items():
-            if (kind[0] if isinstance(kind, tuple) else None) == sort:
+            if kind != load.kind and (kind[0] if isinstance(kind, tuple) else None) == sort:
                 (_, rows), seen = min(self._seen[kind].items(), key=lambda item: item[0])
-                near.append((abs(size - load.size), _middle(seen) / (rows * size)))
-        return min(near)[1] if near else FIRST_GUESS
+                near.append((abs(size - load.size), middle(seen) / (rows * size)))
+        return min(near)[1] if near else default
 
     def _joined(self, load: Load) -> float:
         """Rows of several requests: on from the nearest number that was measured."""
         one = self._alone(load, 1)
         table = self._seen.get(load.kind, {})
-        known = {n: _middle(seen) for (requests, n), seen in table.items() if requests > 1 and len(seen) >= TRUST}
+        known = {n: middle(seen) for (requests, n), seen in table.items() if requests > 1 and len(seen) >= TRUST}
         if not known:
             return one * (1 + HOPE * (load.rows - 1))
         nearest = min(known, key=lambda n: (abs(n - load.rows), n))
@@ -126,6 +132,6 @@ class CostModel:
         return max(one, known[nearest] + (load.rows - nearest) * min(max(slope, 0.0), one))
 
 
-def _middle(seen: Sequence[float]) -> float:
+def middle(seen: Sequence[float]) -> float:
     """The lower median: a first run that had to warm up, or was disturbed, does not count for long."""
     return sorted(seen)[(len(seen) - 1) // 2]

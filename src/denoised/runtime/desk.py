@@ -17,6 +17,7 @@ from denoised.runtime.forecast import Job, Times, forecast, job_of
 from denoised.runtime.intake import Intake
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.protocol import Ticked
+from denoised.runtime.room import Need
 from denoised.runtime.scheduler import Entry, Scheduler
 from denoised.runtime.stats import ReplicaStats, Stats
 
@@ -80,8 +81,19 @@ class Desk:
         self.meter.submitted += 1
         self._news = True
         self._scheduler.add(
-            request.request_id, note.cost, service=request.service, seconds=self.times.total(note.cost), now=now
+            request.request_id,
+            note.cost,
+            service=request.service,
+            seconds=self.times.total(note.cost),
+            need=self._need(request),
+            now=now,
         )
+
+    def _need(self, request: Request) -> Need:
+        if self._info.footprint is None:
+            return Need()
+        need: Need = self._info.footprint.need(cost.shape_of(request.prompt, request.params, self._info))
+        return need
 
     def started(self, request_id: str, now: float) -> None:
         """It was handed to its replica."""
@@ -113,7 +125,7 @@ class Desk:
 
     def _learn(self, note: Note, output: OmniRequestOutput, now: float) -> None:
         stages = output.stage_durations
-        if stages and not output.metrics.get("resumed", 0):
+        if output.receipt is not None and not output.receipt.resumed_from_step:
             self.times.learn_ends(note.cost.per_step, stages.get("encode", 0.0), stages.get("decode", 0.0))
         if note.guess is not None and now > note.guess[0]:
             at, left = note.guess

@@ -17,8 +17,8 @@ from denoised.steps import rows
 from denoised.steps.forward import Call, Stage
 from denoised.steps.rows import Piece
 
-# How much of a new tick goes into the average of what ticks take beside their forwards.
-NEWS = 0.1
+# How much of the older ticks is forgotten with each new one, in what ticks take beside their forwards.
+NEWS = 0.05
 
 
 class Dispatch:
@@ -50,7 +50,7 @@ class Dispatch:
             costs=CostModel(num_stages),
         )
         self._wishes: dict[str, Wish] = {}
-        self._extra = 1.0
+        self._whole, self._busy = 0.0, 0.0
         self.turn = Turn()
         self.num_waits = 0
 
@@ -112,18 +112,19 @@ class Dispatch:
 
     def measured(self, seconds: float, busy: float) -> None:
         """A whole tick took so long, of which the busiest rank worked `busy`. Of this rank alone: for `costs` only."""
-        if busy > 0:
-            self._extra += NEWS * (min(seconds / busy, 10.0) - self._extra)
+        self._whole += seconds - NEWS * self._whole
+        self._busy += busy - NEWS * self._busy
 
     def costs(self) -> dict[str, StepCost]:
         """Steps of the requests that are denoising."""
+        extra = self._whole / self._busy if self._busy else 1.0
         told: dict[tuple[Part, ...], StepCost] = {}
         result = {}
         for request_id, wish in self._wishes.items():
             if not wish.whole:
                 plain = tuple(Part(kind=p.kind, size=p.size, homes=(None,) * len(p.homes)) for p in wish.parts)
                 if plain not in told:
-                    told[plain] = self.turns.step_cost(Wish(request_id=request_id, parts=plain), self._extra)
+                    told[plain] = self.turns.step_cost(Wish(request_id=request_id, parts=plain), extra)
                 result[request_id] = told[plain]
         return result
 

@@ -10,14 +10,15 @@ Knows nothing of processes, queues or clients: commands come in by a callable, e
 from __future__ import annotations
 
 import time
-import zlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from denoised.errors import RequestAbortedError, one_line
+from denoised.errors import RequestAbortedError
 from denoised.features.guidance import Guidance, Outcome, Work
 from denoised.request import OmniRequestOutput, Preview, Progress, Request, Saved
-from denoised.runtime import finite, previews
+from denoised.runtime import previews
+from denoised.runtime.agreement import Agreement
 from denoised.runtime.dispatch import Dispatch
 from denoised.runtime.encoder_cache import EncoderCache
 from denoised.runtime.flights import Runway
@@ -26,12 +27,9 @@ from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.profile import RankProfiler, stage
 from denoised.runtime.protocol import Command, Profiled, Ticked
 from denoised.runtime.results import CallError, InFlight, failed, output
+from denoised.runtime.whole_calls import WholeCalls
 from denoised.steps.forward import Call, Stage
-from denoised.steps.tally import counted
-from denoised.steps.wire import DesyncError, Header, Wire
-
-# Seconds that a rank which failed waits for ranks that may be stuck in the forward it left, beyond thrice the longest.
-COMPANY_PATIENCE = 5.0
+from denoised.steps.wire import Wire
 
 EngineEvent = Progress | Preview | Saved | OmniRequestOutput | Profiled | Ticked
 
@@ -55,14 +53,15 @@ class Engine:
         entangled: bool = False,
     ) -> None:
         self._runway, self._info, self._axes = runway, info, axes
-        self._guidance, self._cache, self._wire = guidance, cache, wire
+        self._guidance, self._wire = guidance, wire
+        self._agreement = Agreement(wire, entangled=entangled)
         self._dispatch = dispatch
         self._meter = RankMeter(dispatch, wire.size if wire is not None else 1)
+        self._whole_calls = WholeCalls(cache, guidance, self._meter, info)
         self._in_flight: dict[str, InFlight] = {}
         self._ended: list[InFlight] = []
         self._events: list[EngineEvent] = []
         self._profiler = RankProfiler()
-        self._entangled, self._longest = entangled, 0.0
         self.stopped = False
 
     @property
@@ -76,14 +75,13 @@ class Engine:
         atomic = [call for call in calls if call.target.stage is not Stage.DENOISE]
         denoise = [call for call in calls if call.target.stage is Stage.DENOISE]
         began = time.perf_counter()
-        values, errors = self._run_atomic(atomic)
+        values, errors = self._whole_calls.run(atomic, self._in_flight)
         started = time.perf_counter()
         with stage("denoise"):
             outcome = self._guidance.run(denoise)
         busy = time.perf_counter() - began if calls else 0.0
-        self._longest = max(self._longest, busy)
         with stage("agree"):
-            orders, everyone_busy = self._agree(calls, errors, outcome, commands, busy)
+            orders, everyone_busy = self._agreement.reach(calls, self._ended, errors, outcome, commands, busy)
         self._finish()
         with stage("exchange"):
             values |= self._guidance.finish(denoise, outcome, self._wire)
@@ -104,85 +102,10 @@ class Engine:
 
     # ---- running
 
-    def _run_atomic(self, calls: list[Call]) -> tuple[dict[Call, Any], dict[int, str]]:
-        """Encoder and VAE calls: whole, on every rank. Errors by position, which is equal on all ranks."""
-        values, errors = {}, {}
-        for position, call in enumerate(calls):
-            flight = self._in_flight[call.task_id]
-            started = time.perf_counter()
-            try:
-                with stage(f"{call.target.stage}: {call.target.name}.{call.target.method}"), counted() as counts:
-                    values[call] = self._recalled(call, flight)
-                self._guidance.work_of(call.task_id).counts.update(counts)
-            except Exception as error:
-                errors[position] = one_line(error)
-            seconds = time.perf_counter() - started
-            flight.seconds[call.target.stage] += seconds
-            self._meter.stage(call.target.stage, seconds)
-        return values, errors
-
-    def _recalled(self, call: Call, flight: InFlight) -> Any:
-        value = previews.recall(call, flight, self._info)
-        if value is None:
-            value = self._encoded(call, flight)
-        if flight.memory is not None:
-            flight.memory.keep(call, value)
-        return value
-
-    def _encoded(self, call: Call, flight: InFlight) -> Any:
-        key = self._cache.key(call)
-        value = self._cache.get(key)
-        if value is not None:
-            flight.cache_hits += 1
-            self._meter.counts["encoder_cache_hits_total"] += 1
-            return value
-        if call.target.stage is Stage.DECODE:
-            finite.check(call)
-        value = flight.task.run_atomic(call)
-        flight.cache_misses += key is not None
-        self._meter.counts["encoder_cache_misses_total"] += key is not None
-        self._cache.put(key, value)
-        return value
-
     def _charge(self, calls: list[Call], seconds: float) -> None:
         for task_id in {call.task_id for call in calls}:
             self._in_flight[task_id].seconds[Stage.DENOISE] += seconds
         self._meter.stage(Stage.DENOISE, seconds if calls else 0.0)
-
-    def _agree(
-        self,
-        calls: list[Call],
-        errors: dict[int, str],
-        outcome: Outcome,
-        commands: Callable[[], list[Command]],
-        busy: float,
-    ) -> tuple[list[Command], tuple[float, ...]]:
-        """Errors of any rank become errors of all; rank 0's commands, everyone's. Also how busy each rank was."""
-        if self._wire is None:
-            return commands(), (busy,)
-        for key, problem in self._wire.prepare(outcome.outputs).items():
-            outcome.errors[key] = problem
-        orders = commands() if self._wire.rank == 0 else []
-        plan = ([_name(c) for c in calls], [(r, p.key) for r, p in outcome.pieces], [_end(f) for f in self._ended])
-        digest = zlib.crc32(repr(plan).encode())
-        header = self._header(digest, [*errors.values(), *outcome.errors.values()], commands=bool(orders), busy=busy)
-        if header.errors:
-            for other_errors, other_pieces in self._wire.gather_objects((errors, outcome.errors)):
-                errors.update(other_errors)
-                outcome.errors.update(other_pieces)
-        if header.news:
-            self._wire.learn_layouts()
-        return self._wire.from_first(orders) if header.commands else [], header.busy
-
-    def _header(self, digest: int, problems: list[str], *, commands: bool, busy: float) -> Header:
-        assert self._wire is not None
-        patience = COMPANY_PATIENCE + 3 * self._longest if problems and self._entangled else None
-        try:
-            return self._wire.header(
-                digest=digest, errors=bool(problems), commands=commands, busy=busy, patience=patience
-            )
-        except DesyncError as error:
-            raise DesyncError(f"{error}: {problems[0]}" if problems else str(error)) from error
 
     def _resolve(self, calls: list[Call], values: dict[Call, Any], errors: dict[int, str], outcome: Outcome) -> None:
         atomic = [call for call in calls if call.target.stage is not Stage.DENOISE]
@@ -297,12 +220,19 @@ class Engine:
 
     def _land(self, flight: InFlight, did: list[Work]) -> None:
         if flight.parent is not None:
-            shown = previews.result(flight, self._info) if self._is_in_flight(flight.parent) else None
-            self._events += [shown] if shown is not None else []
+            self._show(flight, flight.parent, did[self._wire.rank if self._wire is not None else 0])
         elif flight.needs_its_start:
             self._take_off(self._runway.again(flight))
         else:
             self._events.append(self._result(flight, did))
+
+    def _show(self, flight: InFlight, parent: InFlight, did: Work) -> None:
+        """A preview has ended: what it took is part of its request."""
+        if self._is_in_flight(parent):
+            shown = previews.result(flight, self._info)
+            self._events += [shown] if shown is not None else []
+            self._guidance.work_of(parent.task.task_id).counts.update(did.counts + Counter(previews=1))
+            parent.seconds[Stage.DECODE] += flight.seconds[Stage.DECODE]
 
     def _result(self, flight: InFlight, work: list[Work]) -> OmniRequestOutput:
         if flight.task.error is not None:
@@ -311,11 +241,3 @@ class Engine:
             return output(flight, work, self._info, self._axes)
         except Exception as error:
             return failed(flight.request, error)
-
-
-def _name(call: Call) -> tuple[str, str, str, int]:
-    return (call.task_id, call.target.name, call.target.method, call.branch)
-
-
-def _end(flight: InFlight) -> tuple[str, bool]:
-    return (flight.task.task_id, flight.task.error is None)

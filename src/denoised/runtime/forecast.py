@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from denoised.runtime.cost import Cost
+from denoised.runtime.cost_model import middle
 from denoised.runtime.protocol import StepCost
 
 # Seconds of a token's step before anything was measured.
 FIRST_GUESS = 1e-4
-# How much of a new measurement goes into an average.
-NEWS = 0.3
-# The same for forecasts that came true or not; one that is further off than this says no more than that.
-SLOW_NEWS, FAR_OFF = 0.1, 2.0
+# Measurements of encoders and VAEs that count, the last ones.
+KEPT = 5
+# How much of a new one goes into the average of how forecasts came true; one further off than this says no more.
+NEWS, FAR_OFF = 0.2, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +38,9 @@ class Times:
 
     def __init__(self) -> None:
         self._steps: dict[float, StepCost] = {}
-        self._ends: dict[float, Ends] = {}
+        self._ends: dict[float, tuple[Ends, ...]] = {}
         self.stretch = 1.0
-        """Times that a forecast's seconds have lately turned out to be: ranks that wait, ticks that cannot be shared."""
+        """How many times the foreseen seconds it has lately been: ranks that wait, ticks that cannot be shared."""
 
     def learn_step(self, size: float, cost: StepCost) -> None:
         """Ranks' latest word on a step of this size. A crowd as large as it never was keeps what is known of it."""
@@ -47,14 +48,13 @@ class Times:
 
     def learn_ends(self, size: float, before: float, after: float) -> None:
         """A request of this size has ended."""
-        old = self._ends.get(size, Ends(before=before, after=after))
-        new = Ends(before=old.before + NEWS * (before - old.before), after=old.after + NEWS * (after - old.after))
-        self._ends = {**self._ends, size: new}
+        seen = (*self._ends.get(size, ()), Ends(before=before, after=after))[-KEPT:]
+        self._ends = {**self._ends, size: seen}
 
     def learn_stretch(self, foreseen: float, real: float) -> None:
         """A request ended after `real` seconds, of which the forecast said `foreseen`."""
         ratio = min(max(real / max(foreseen, 1e-6), 1 / FAR_OFF), FAR_OFF)
-        self.stretch *= (ratio / self.stretch) ** SLOW_NEWS
+        self.stretch *= (ratio / self.stretch) ** NEWS
 
     @property
     def measured(self) -> bool:
@@ -75,7 +75,9 @@ class Times:
         if not self._ends:
             return Ends()
         nearest = _nearest(self._ends, size)
-        return Ends(before=self._ends[nearest].before, after=self._ends[nearest].after * size / nearest)
+        seen = self._ends[nearest]
+        before, after = middle([ends.before for ends in seen]), middle([ends.after for ends in seen])
+        return Ends(before=before, after=after * size / nearest)
 
     def total(self, cost: Cost) -> float:
         """Seconds of a request by itself."""

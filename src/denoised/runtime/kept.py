@@ -43,15 +43,11 @@ class Kept:
 
 
 def check_service(service: Service, info: ModelInfo) -> None:
-    """Refuse previews and checkpoints that cannot be.
+    """Refuse previews that cannot be.
 
     Raises:
         InvalidRequestError: one sentence with the field, the value and the way out.
     """
-    for name in ("num_previews", "checkpoint_every"):
-        value = getattr(service, name)
-        if type(value) is not int or value < 0:
-            raise InvalidRequestError(f"{name}={value!r:.40} is no number of steps; give 0 or more.")
     if service.num_previews and info.kind == "audio":
         raise InvalidRequestError(
             f"num_previews={service.num_previews}: {info.pipeline} makes sound, which has no picture; use 0."

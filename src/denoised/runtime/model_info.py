@@ -31,7 +31,8 @@ _USUAL_SIDE = 1024
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """A loaded model. `parameters` are the keywords of its `__call__`; `size_multiple` what sizes must
-    divide by, `frame_multiple` what the number of frames less one must."""
+    divide by, `frame_multiple` what the number of frames less one must. `footprint`: runtime/room.py's, if there is a
+    limit."""
 
     model: str
     pipeline: str
@@ -47,6 +48,7 @@ class ModelInfo:
     exclusive: bool = False
     sample_rate: int | None = None
     image_mode: str = "RGB"
+    footprint: Any = None
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def complete(
@@ -131,14 +133,9 @@ def _size_multiple(pipeline: Any, packing: int) -> int:
 
 
 def _frame_multiple(pipeline: Any) -> int:
-    """Frames of one latent of a video VAE; the first frame has a latent of its own.
-
-    1 where the class's own default says that other numbers do too.
-    """
+    """Frames of one latent of a video VAE; the first frame has a latent of its own."""
     names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
-    multiple = int(next((getattr(pipeline, name) for name in names if getattr(pipeline, name, None)), 1))
-    usual = getattr(inspect.signature(type(pipeline).__call__).parameters.get("num_frames"), "default", None)
-    return 1 if isinstance(usual, int) and (usual - 1) % multiple else multiple
+    return int(next((getattr(pipeline, name) for name in names if getattr(pipeline, name, None)), 1))
 
 
 def check(prompt: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo, config: EngineConfig) -> None:

@@ -8,7 +8,6 @@ import functools
 import itertools
 import os
 import queue
-import secrets
 import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
@@ -28,11 +27,12 @@ from denoised.request import (
     Request,
     Saved,
     Service,
-    as_prompt,
 )
 from denoised.runtime import model_info
+from denoised.runtime.accept import accept
 from denoised.runtime.client import Client
 from denoised.runtime.failures import kind_of
+from denoised.runtime.kept import check_service
 from denoised.runtime.stats import Stats
 
 SamplingParams = OmniDiffusionSamplingParams
@@ -119,27 +119,13 @@ class _Frontend:
     def _request(
         self, request_id: str, prompt: Any, params: SamplingParams | None, service: Service = _SERVICE
     ) -> Request:
-        prompt = as_prompt(prompt)
-        prompt, params = self.info.complete(prompt, params or SamplingParams())
-        model_info.check(prompt, params, self.info, self.config)
-        seed = params.seed if params.seed is not None else secrets.randbits(31)
-        state = None
-        if params.generator is not None:
-            if getattr(getattr(params.generator, "device", None), "type", None) != "cpu":
-                raise InvalidRequestError(
-                    f"generator={params.generator!r:.60}: must be one torch.Generator of the CPU; or give a seed."
-                )
-            state = params.generator.get_state()
-            seed = params.generator.initial_seed() % 2**63
-            params = params.without_generator()
-        return Request(
-            request_id=request_id, prompt=prompt, params=params, seed=seed, generator_state=state, service=service
-        )
+        return accept(request_id, prompt, params or SamplingParams(), service, self.info, self.config)
 
     def _resumed(self, request_id: str, checkpoint: Any, service: Service) -> Request:
         """The request that a checkpoint is of, as it stood when it was accepted."""
         from denoised.runtime import checkpoints
 
+        check_service(service, self.info)
         return checkpoints.request_of(checkpoint, request_id, service)
 
 

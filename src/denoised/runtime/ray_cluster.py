@@ -6,6 +6,7 @@ A rank takes one unit: a GPU if the cluster has any, else a CPU.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from typing import Any
 
@@ -17,6 +18,8 @@ from denoised.errors import InvalidConfigError, one_line
 
 # Seconds that units may take to get free: those of ranks that just ended, as a rule.
 PATIENCE = 30.0
+# Seconds that a cluster's address may take to take a call.
+REACH = 10.0
 
 
 def connect() -> None:
@@ -28,17 +31,26 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
+    given = os.environ.get("RAY_ADDRESS", "auto")
+    if given not in ("auto", "local"):
+        _reach(given)
     try:
-        ray.init(address="auto", logging_level="warning")
-    except Exception as error:
-        if os.environ.get("RAY_ADDRESS"):
-            raise InvalidConfigError(
-                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']!r}: no Ray cluster answers there ({one_line(error)}); "
-                "start it, or unset RAY_ADDRESS."
-            ) from error
-        if not isinstance(error, ConnectionError):
+        ray.init(address=given, logging_level="warning")
+    except ConnectionError:
+        if given != "auto":
             raise
-        ray.init(include_dashboard=False, logging_level="warning")
+        ray.init(address="local", include_dashboard=False, logging_level="warning")
+
+
+def _reach(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH).close()
+    except (OSError, ValueError) as error:
+        raise InvalidConfigError(
+            f"RAY_ADDRESS={address!r}: no Ray cluster answers there ({one_line(error)}); start one, or unset it."
+        ) from error
 
 
 def nodes() -> list[tuple[str, dict[str, float]]]:

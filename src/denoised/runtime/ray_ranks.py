@@ -43,7 +43,7 @@ def start(config: EngineConfig, deliver: Deliver, *, num_replicas: int = 1) -> R
     try:
         actors = [_actor(group, bundle) for bundle in range(count)]
         places = _answers([actor.place.remote() for actor in actors], group)
-        order = sorted(range(count), key=lambda bundle: places[bundle].node)
+        order = _order(places)
         actors, places = [actors[bundle] for bundle in order], [places[bundle] for bundle in order]
         _check_software(places)
         (rendezvous,) = _answers([actors[0].rendezvous.remote()], group)
@@ -78,6 +78,11 @@ def _answers(calls: list[Any], group: Any) -> list[Any]:
         return list(ray.get(calls, timeout=0))
     except RayError as error:
         raise EngineError(f"Ray could not start a rank: {one_line(error)}") from error
+
+
+def _order(places: list[Place]) -> list[int]:
+    """Bundles in the order of ranks: those of one node are neighbours. Ray deals bundles to nodes as it likes."""
+    return sorted(range(len(places)), key=lambda bundle: places[bundle].node)
 
 
 def _check_software(places: list[Place]) -> None:

@@ -6,7 +6,17 @@ Of the requests in flight, all keep their latents and encoded prompts (`resident
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from denoised.errors import InvalidRequestError
+from denoised.request import OmniDiffusionSamplingParams
+from denoised.runtime.cost import Shape
+from denoised.runtime.model_info import ModelInfo
+
+MB = 2**20
+# Copies of its latents that a request keeps between steps: its own, its scheduler's, and predictions on their way.
+KEPT_LATENTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,3 +29,62 @@ class Need:
     @property
     def total(self) -> float:
         return self.resident + self.working
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What one rank of an engine has, and what requests take of it, in bytes. Linear in tokens: between blocks, in
+    attention that does not keep its scores, and in VAEs it is.
+
+    limit: of the rank. row: of a row whatever its size (its text); row_per_token: of its image; decode_per_token: of
+    the VAE; latent_per_token: of latents, which are so many elements. num_ranks: of the cfg axis, which share rows.
+    """
+
+    limit: float
+    weights: float
+    row: float
+    row_per_token: float
+    decode_per_token: float
+    latent_per_token: float
+    elements_per_token: float
+    num_ranks: int = 1
+
+    @property
+    def room(self) -> float:
+        """Beside the weights."""
+        return self.limit - self.weights
+
+    def need(self, shape: Shape) -> Need:
+        """Of a request of so many tokens, branches and outputs."""
+        rows = -(-shape.branches * shape.outputs // self.num_ranks)
+        denoising = rows * (self.row + self.row_per_token * shape.tokens)
+        decoding = shape.outputs * self.decode_per_token * shape.tokens
+        resident = KEPT_LATENTS * shape.outputs * self.latent_per_token * shape.tokens
+        return Need(resident=resident, working=max(denoising, decoding))
+
+    def most_tokens(self, shape: Shape) -> int:
+        """Of the largest request with as many branches and outputs that fits alone."""
+        none, one = (self.need(Shape(tokens=n, branches=shape.branches, outputs=shape.outputs)) for n in (0, 1))
+        return max(0, int((self.room - none.total) / max(one.total - none.total, 1e-9)))
+
+
+def check(shape: Shape, params: OmniDiffusionSamplingParams, footprint: Footprint, info: ModelInfo) -> None:
+    """Refuse a request that does not fit even alone.
+
+    Raises:
+        InvalidRequestError: with the largest size that does.
+    """
+    need = footprint.need(shape)
+    if need.total <= footprint.room:
+        return
+    most = footprint.most_tokens(shape)
+    side = int(math.sqrt(most / shape.frames)) * info.size_multiple
+    ways = [f"at most {side} x {side}"] if side else ["fewer outputs"]
+    frames = int(most / (shape.tokens / shape.frames))
+    if shape.frames > 1 and frames:
+        ways.append(f"at most {(frames - 1) * info.frame_multiple + 1} frames")
+    size = f"height x width = {params.height or 'default'} x {params.width or 'default'}"
+    raise InvalidRequestError(
+        f"{size} needs about {need.total / MB:.0f} MB of a rank, which has {footprint.room / MB:.0f} MB beside the "
+        f"weights; ask for {' or '.join(ways)}."
+    )

@@ -7,6 +7,7 @@ same code.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import faulthandler
 import importlib
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from denoised import env, hf
 from denoised.config import EngineConfig
 from denoised.errors import DenoisedError, InvalidConfigError, one_line
-from denoised.runtime import checkpoints, denoiser, load, model_info
+from denoised.runtime import checkpoints, denoiser, footprint, load, model_info
 from denoised.runtime.dispatch import Dispatch
 from denoised.runtime.encoder_cache import EncoderCache
 from denoised.runtime.engine import Engine
@@ -69,7 +70,6 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
     hf.route_warnings(_note)
     model_spec = resolve(pipeline)
     fingerprint = checkpoints.fingerprint(pipeline)
-    guidance = denoiser.build(pipeline, model_spec, spec.config, mesh)
     info = model_info.describe(
         pipeline,
         model_spec,
@@ -78,13 +78,16 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
         dtype=_dtype_of(pipeline, model_spec.denoisers),
         defaults={**load.default_sampling_params(spec.config.model), **spec.config.default_sampling_params},
     )
+    info = dataclasses.replace(info, footprint=footprint.measure(pipeline, info, spec.config))
+    guidance = denoiser.build(pipeline, model_spec, spec.config, mesh)
     channel.send(Ready(info=info, seconds=time.perf_counter() - started))
+    wire = _wire(mesh, device)
     return Engine(
         runway=Runway(pipeline, model_spec, info, fingerprint, sees_all=guidance.placement.num_ranks == 1),
         info=info,
         guidance=guidance,
         cache=EncoderCache(spec.config.encoder_cache_mb * 2**20),
-        wire=_wire(mesh, device),
+        wire=wire,
         axes=spec.config.parallel_config.axes,
         dispatch=Dispatch(
             guidance,
@@ -92,9 +95,15 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
             join=not spec.config.deterministic,
             max_rows=denoiser.MAX_JOINED_ROWS,
             num_stages=spec.config.parallel_config.pipeline_parallel_size,
+            max_elements=_agreed(footprint.max_elements(info.footprint), wire),
         ),
         entangled=spec.config.parallel_config.is_entangled,
     )
+
+
+def _agreed(elements: float, wire: Wire | None) -> float:
+    """The least of all ranks: they choose alike only by equal numbers."""
+    return elements if wire is None else min(wire.gather_objects(elements))
 
 
 def _show_stacks_on_signal() -> None:

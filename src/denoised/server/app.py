@@ -20,6 +20,7 @@ from denoised.server.problems import Refusal, of_error
 from denoised.server.replies import RECEIPT_HEADER
 from denoised.server.serving import Serving
 from denoised.server.settings import ServerConfig
+from denoised.server.webhooks import Webhooks
 from denoised.server.working import Jobs
 
 _BODIES = (ImageRequest, EditRequest, VideoRequest, AudioRequest, ChatRequest)
@@ -56,7 +57,8 @@ def build_app(serving: Serving, store: JobStore) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.serving, app.state.metrics, app.state.jobs = serving, metrics, Jobs(store)
+    webhooks = Webhooks(config.webhook_secret, allow_private=config.allow_private_webhooks)
+    app.state.serving, app.state.metrics, app.state.jobs = serving, metrics, Jobs(store, webhooks)
     for part in (images, videos, audio, chat, info):
         app.include_router(part.router)
     _answer_errors(app)

@@ -65,6 +65,9 @@ class VideoRequest(RequestFields):
     )
     size: Size | None = None
     input_reference: ImageReference | None = Field(None, description="the picture to start from")
+    webhook: Annotated[str, Field(max_length=2000)] | None = Field(
+        None, description="http(s) URL that is told, signed, when the job is done"
+    )
 
 
 class AudioRequest(RequestFields):

@@ -38,9 +38,9 @@ async def fetch(url: str, *, param: str, max_bytes: int) -> bytes:
 
 def _follow(url: str, param: str, max_bytes: int, deadline: float) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
-        parts = _parts(url, param)
+        parts = parts_of(url, param)
         try:
-            body, location = _get(parts, _public_address(parts, param), param, max_bytes, deadline)
+            body, location = _get(parts, address_of(parts, param), param, max_bytes, deadline)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise invalid(f"{param}: {parts.hostname:.60} gives no picture; upload it.", param=param) from error
         if location is None:
@@ -49,7 +49,7 @@ def _follow(url: str, param: str, max_bytes: int, deadline: float) -> bytes:
     raise invalid(f"{param}: more than {MAX_REDIRECTS} redirects; upload the picture.", param=param)
 
 
-def _parts(url: str, param: str) -> SplitResult:
+def parts_of(url: str, param: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         if parts.scheme in _PORTS and parts.hostname and parts.username is None and parts.port != 0:
@@ -59,8 +59,8 @@ def _parts(url: str, param: str) -> SplitResult:
     raise invalid(f"{param}={url!r:.60}: must be an http(s) URL without a user, or a data: URL.", param=param)
 
 
-def _public_address(parts: SplitResult, param: str) -> str:
-    """An address of the host, if all that it has are public.
+def address_of(parts: SplitResult, param: str, *, public: bool = True) -> str:
+    """An address of the host, if all that it has are public, or need not be.
 
     Raises:
         Refusal: one of them is not, or there is none.
@@ -71,7 +71,7 @@ def _public_address(parts: SplitResult, param: str) -> str:
     except (OSError, UnicodeError) as error:
         raise invalid(f"{param}: {parts.hostname:.60} is not known; upload the picture.", param=param) from error
     addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
-    if not addresses or not all(is_public(address) for address in addresses):
+    if not addresses or (public and not all(is_public(address) for address in addresses)):
         raise invalid(f"{param}: {parts.hostname:.60} is no public address; upload the picture.", param=param)
     return addresses[0]
 
@@ -90,21 +90,21 @@ def is_public(address: str) -> bool:
 
 def _get(parts: SplitResult, address: str, param: str, max_bytes: int, deadline: float) -> tuple[bytes, str | None]:
     """The body, or where it has moved to."""
-    connection = _connection(parts, address)
+    connection = connection_to(parts, address)
     try:
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", path, headers={"Host": parts.netloc, "Accept": "image/*"})
-        answer = connection.getresponse()
-        if answer.status in (301, 302, 303, 307, 308):
-            return b"", answer.getheader("Location") or ""
-        if answer.status != 200:
-            raise http.client.HTTPException(f"status {answer.status}")
-        return _read(answer, param, max_bytes, deadline), None
+        with connection.getresponse() as answer:
+            if answer.status in (301, 302, 303, 307, 308):
+                return b"", answer.getheader("Location") or ""
+            if answer.status != 200:
+                raise http.client.HTTPException(f"status {answer.status}")
+            return _read(answer, param, max_bytes, deadline), None
     finally:
         connection.close()
 
 
-def _connection(parts: SplitResult, address: str) -> http.client.HTTPConnection:
+def connection_to(parts: SplitResult, address: str) -> http.client.HTTPConnection:
     """A connection to that address; certificates are checked against the host's name."""
     port = parts.port or _PORTS[parts.scheme]
     connection = http.client.HTTPConnection(parts.hostname or "", port, timeout=SILENCE)

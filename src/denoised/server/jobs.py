@@ -19,6 +19,9 @@ class Job:
     """One video that was asked for. Times are Unix seconds; `seconds`, `size`: of the video, None until known.
 
     `body` is what was asked, as plain data. `error` is {message, code}; `receipt` as in `Receipt.as_dict`.
+    `ask` is what the engine was asked, as `kept_asks.pack` gives it, and None where nobody will ask again; `fps` and
+    `sample_rate` are of the file. `key` is the idempotency key that it was asked for under, `asked` the digest of what
+    was asked under it. `webhook` is a URL that is told when the job is done; `told`: it has heard, or never will.
     """
 
     id: str
@@ -38,6 +41,13 @@ class Job:
     error: dict[str, str] | None = None
     receipt: dict[str, Any] | None = None
     receipt_line: str = ""
+    ask: dict[str, Any] | None = None
+    fps: float = 24.0
+    sample_rate: int | None = None
+    key: str | None = None
+    asked: str = ""
+    webhook: str | None = None
+    told: bool = False
 
     @property
     def done(self) -> bool:
@@ -52,7 +62,12 @@ class Job:
 
 
 class JobStore(Protocol):
-    """Jobs by id, and files by job. Every change is final when the method returns."""
+    """Jobs by id, and files by job. Every change is final when the method returns.
+
+    `durable`: jobs go on when another server opens the store.
+    """
+
+    durable: bool
 
     def put(self, job: Job) -> None:
         """Add a job, or replace what is known of it."""
@@ -68,11 +83,30 @@ class JobStore(Protocol):
     def file(self, job_id: str) -> Path:
         """Where a job's video is, or will be."""
 
+    def by_key(self, tenant: str, key: str) -> Job | None:
+        """The job that a tenant asked for under an idempotency key."""
+
+    def unfinished(self) -> list[Job]:
+        """Jobs that another server left, oldest first."""
+
+    def untold(self) -> list[Job]:
+        """Jobs that are done, and whose webhook has not been heard."""
+
+    def keep_checkpoint(self, job_id: str, raw: bytes) -> None:
+        """In place of the job's one before it."""
+
+    def checkpoint(self, job_id: str) -> bytes | None:
+        """The last that was kept."""
+
+    def drop_checkpoint(self, job_id: str) -> None: ...
+
     def close(self) -> None: ...
 
 
 class MemoryStore:
     """Jobs of this process. At most `limit`: the oldest that are done make room."""
+
+    durable = False
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -94,6 +128,24 @@ class MemoryStore:
 
     def all(self, tenant: str) -> list[Job]:
         return [job for job in self._jobs.values() if job.tenant == tenant]
+
+    def by_key(self, tenant: str, key: str) -> Job | None:
+        return next((job for job in self.all(tenant) if job.key == key), None)
+
+    def unfinished(self) -> list[Job]:
+        return []
+
+    def untold(self) -> list[Job]:
+        return []
+
+    def keep_checkpoint(self, job_id: str, raw: bytes) -> None:
+        """Nobody would ask for it."""
+
+    def checkpoint(self, job_id: str) -> bytes | None:
+        return None
+
+    def drop_checkpoint(self, job_id: str) -> None:
+        """There is none."""
 
     def file(self, job_id: str) -> Path:
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="denoised-jobs-")

@@ -18,9 +18,10 @@ import uvicorn
 
 from denoised.errors import EngineError, InvalidConfigError
 from denoised.server.app import build_app
-from denoised.server.jobs import MemoryStore
+from denoised.server.jobs import JobStore, MemoryStore
 from denoised.server.serving import Engine, Serving, warm_up
 from denoised.server.settings import ServerConfig
+from denoised.server.store import SqliteStore
 from denoised.server.warming import first_ask
 
 # Seconds in which connections end after the last request; what has not ended then is cut.
@@ -42,7 +43,7 @@ class Server:
     def __init__(self, make_engine: Callable[[], Engine], config: ServerConfig, *, num_ranks: int) -> None:
         self._make_engine, self._config, self._num_ranks = make_engine, config, num_ranks
         self.serving = Serving(config)
-        self._app = build_app(self.serving, MemoryStore(config.max_jobs))
+        self._app = build_app(self.serving, _store(config))
         self._stopping = asyncio.Event()
         self.socket = bind(config.host, config.port)
         self.port = self.socket.getsockname()[1]
@@ -93,6 +94,7 @@ class Server:
             if problem is not None:
                 raise EngineError(f"the first request failed ({problem}); --skip-warm-up starts without one.")
         serving.status, serving.reason = "ready", ""
+        self._app.state.jobs.go_on(serving)
         say(self._ready_line(engine, time.monotonic() - began))
 
     def _ready_line(self, engine: Engine, seconds: float) -> str:
@@ -102,6 +104,13 @@ class Server:
             f"denoised serves {self.serving.name} ({engine.info.pipeline}) at http://{host}:{self.port}, "
             f"{ranks} on {engine.info.device}, ready after {seconds:.1f} s"
         )
+
+
+def _store(config: ServerConfig) -> JobStore:
+    """Where jobs are."""
+    if config.jobs_folder is None:
+        return MemoryStore(config.max_jobs)
+    return SqliteStore(config.jobs_folder, limit=config.max_jobs, max_age=config.job_days * 86_400)
 
 
 def serve(

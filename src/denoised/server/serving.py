@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from denoised.config import EngineConfig
 from denoised.errors import one_line
@@ -50,6 +51,10 @@ class Engine(Protocol):
         *,
         request_id: str | None = None,
         service: Service = ...,
+    ) -> AsyncIterator[Event]: ...
+
+    def resume(
+        self, checkpoint: Any, *, request_id: str | None = None, service: Service = ...
     ) -> AsyncIterator[Event]: ...
 
     def stats(self) -> Stats: ...
@@ -102,9 +107,10 @@ class Serving:
         down = [str(replica.replica) for replica in self.engine.stats().replicas if not replica.ready]
         return f"ranks are down and being started again (replica {', '.join(down)})" if down else None
 
-    def run(self, ask: Ask) -> Run:
-        """One request; enter it to start it, leave it to end it wherever it stands."""
-        return Run(self, self.loaded(), ask)
+    def run(self, ask: Ask, checkpoint: Any = None) -> Run:
+        """One request, from its checkpoint if there is one; enter it to start it, leave it to end it wherever it
+        stands."""
+        return Run(self, self.loaded(), ask, checkpoint)
 
     def entered(self, run: Run) -> None:
         self._runs.add(run)
@@ -127,15 +133,15 @@ class Serving:
 class Run:
     """One request in the engine, as its events. Leaving it aborts what is not done."""
 
-    def __init__(self, serving: Serving, engine: Engine, ask: Ask) -> None:
-        self.ask, self._serving, self._engine = ask, serving, engine
+    def __init__(self, serving: Serving, engine: Engine, ask: Ask, checkpoint: Any = None) -> None:
+        self.ask, self.serving, self._engine, self._checkpoint = ask, serving, engine, checkpoint
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._something = asyncio.Event()
         self._refused: Exception | None = None
         self._pump: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Run:
-        self._serving.entered(self)
+        self.serving.entered(self)
         self._pump = asyncio.create_task(self._listen(), name=f"run-{self.ask.request_id}")
         return self
 
@@ -143,11 +149,14 @@ class Run:
         assert self._pump is not None
         self._pump.cancel()
         await asyncio.wait([self._pump])
-        self._serving.left(self)
+        self.serving.left(self)
 
     async def _listen(self) -> None:
         ask = self.ask
-        events = self._engine.generate(ask.prompt, ask.params, request_id=ask.request_id, service=ask.service)
+        if self._checkpoint is None:
+            events = self._engine.generate(ask.prompt, ask.params, request_id=ask.request_id, service=ask.service)
+        else:
+            events = self._engine.resume(self._checkpoint, request_id=ask.request_id, service=ask.service)
         try:
             async for event in events:
                 self._put(event)
@@ -186,9 +195,16 @@ class Run:
                 raise event
             if isinstance(event, OmniRequestOutput) and event.error is not None:
                 raise of_kind(event.error_kind, event.error)
-            yield event
             if isinstance(event, OmniRequestOutput):
+                yield self._named(event)
                 return
+            yield event
+
+    def _named(self, output: OmniRequestOutput) -> OmniRequestOutput:
+        """With the model's name in the receipt, where a folder would tell callers about this machine."""
+        if output.receipt is None:
+            return output
+        return replace(output, receipt=replace(output.receipt, model=self.serving.name))
 
     async def output(self) -> OmniRequestOutput:
         """The result; what happens before it is nobody's."""

@@ -37,6 +37,24 @@ class ServerConfig:
     max_n: int = bounded(10, minimum=1, maximum=64, help="largest n of a request")
     max_priority: int = bounded(0, minimum=-100, maximum=100, help="highest priority that a request may give itself")
     max_jobs: int = bounded(256, minimum=1, help="video jobs that are kept; the oldest that are done make room")
+    jobs_folder: str | None = bounded(
+        None, help="folder of video jobs, which then survive a restart; default: kept as long as the server runs"
+    )
+    job_days: float = bounded(30.0, minimum=0, maximum=36_500, help="days that a job is kept once it is done")
+    job_checkpoint_every: int = bounded(
+        5, minimum=1, maximum=10_000, help="steps after which a job in jobs_folder is saved, to go on from there"
+    )
+    webhook_secret: str | None = dataclasses.field(
+        default=None,
+        repr=False,
+        metadata={
+            "help": "secret that webhooks are signed with; without one there are none",
+            "minimum": None,
+            "maximum": None,
+            "choices": None,
+        },
+    )
+    allow_private_webhooks: bool = bounded(False, help="also call webhooks at private addresses")
     drain_timeout: float = bounded(60.0, minimum=0, maximum=86_400, help="seconds for what runs when asked to stop")
     skip_warm_up: bool = bounded(False, help="be ready without a first request of our own")
 

@@ -32,6 +32,7 @@ router = APIRouter(tags=["videos"], responses=ERRORS)
 _BODY = body(VideoRequest, uploads=("input_reference",))
 _FILE: dict[int | str, dict[str, Any]] = {200: {"content": {"video/mp4": {"schema": {"type": "string"}}}}}
 # How long a client should wait before it asks again, where it asks us.
+MAX_KEY = 255  # characters of an idempotency key
 _POLL_HEADERS = {"openai-poll-after-ms": "500"}
 
 
@@ -48,7 +49,12 @@ class ListQuery(Closed):
 async def create(request: Request) -> Response:
     """Start a job."""
     asked, ask = await _asked(request)
-    place = place_of(request)
+    if asked.webhook is not None:
+        await asyncio.to_thread(jobs_of(request).webhooks.check, asked.webhook)
+    place, jobs = place_of(request), jobs_of(request)
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 0 < len(key) <= MAX_KEY:
+        raise invalid(f"Idempotency-Key: must have 1 to {MAX_KEY} characters.", param="Idempotency-Key")
     job = Job(
         id=ask.request_id,
         tenant=place.tenant,
@@ -57,16 +63,21 @@ async def create(request: Request) -> Response:
         prompt=asked.prompt,
         body=asked.model_dump(exclude_none=True),
         size=asked.size if asked.size != "auto" else None,
+        fps=place.fps(asked),
+        sample_rate=place.info.sample_rate,
+        key=key,
+        webhook=asked.webhook,
     )
-    run = serving_of(request).run(ask)
-    start = jobs_of(request).start(job, run, fps=place.fps(asked), sample_rate=place.info.sample_rate)
-    return JSONResponse(_shown(await unless_gone(request, start)), headers=_POLL_HEADERS)
+    job = await unless_gone(request, jobs.begin(job, ask, serving_of(request)))
+    return JSONResponse(_shown(job), headers=_POLL_HEADERS)
 
 
 @router.post("/v1/videos/sync", response_class=FileResponse, responses=_FILE, openapi_extra=_BODY)
 async def sync(request: Request) -> Response:
     """Make a video and answer with it, as MP4; the receipt is in a header."""
     asked, ask = await _asked(request)
+    if asked.webhook is not None:
+        raise invalid("webhook: this route answers with the video; use /v1/videos.", param="webhook")
     place = place_of(request)
     reply = _file(serving_of(request).run(ask), place.fps(asked), place.info.sample_rate)
     return await unless_gone(request, reply)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from denoised.spec import (
+    allegro,
     animatediff,
     attention_maps,
     cosmos,
@@ -24,6 +25,7 @@ from denoised.spec import (
 from denoised.spec.model_spec import ModelSpec
 
 ALL: tuple[ModelSpec, ...] = (
+    *allegro.SPECS,
     *animatediff.SPECS,
     *attention_maps.SPECS,
     *cosmos.SPECS,

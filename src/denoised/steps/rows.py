@@ -126,7 +126,7 @@ def _rows_first(name: str, value: Tree, rules: RowRules, batch: int) -> Tree:
     if not isinstance(value, torch.Tensor):
         return value
     if name in rules.folded:
-        return value.unflatten(0, (batch, -1))
+        return value.reshape(batch, -1, *value.shape[1:])
     return value.movedim(rules.dims[name], 0) if name in rules.dims else value
 
 

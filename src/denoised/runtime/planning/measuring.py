@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
 from denoised.errors import EngineError, one_line
@@ -42,7 +43,7 @@ def measure(most_ranks: int = 8) -> Hardware:
     num_ranks = min(torch.cuda.device_count() or _cores(), most_ranks)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            multiprocessing.spawn(_rank, args=(num_ranks, folder), nprocs=num_ranks)  # type: ignore[no-untyped-call]
+            spawn(_rank, args=(num_ranks, folder), nprocs=num_ranks)  # type: ignore[no-untyped-call]
         except Exception as error:
             raise EngineError(f"this machine cannot be measured: {one_line(error)}") from error
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
@@ -55,7 +56,7 @@ def hardware_of(found: dict[str, float], num_ranks: int) -> Hardware:
     share = num_ranks if cpu else 1  # cores are one device
     return replace(
         HARDWARE["cpu"] if cpu else HARDWARE["h100"],
-        name=f"this machine's {num_ranks} cores" if cpu else torch.cuda.get_device_name(),
+        name="this machine's CPU" if cpu else torch.cuda.get_device_name(),
         half_flops=found["half"] * share,
         full_flops=found["full"] * share,
         memory=_memory(),
