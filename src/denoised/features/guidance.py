@@ -42,6 +42,9 @@ class Work:
 class Stages(Protocol):
     """A denoiser whose forwards overlap if they are given together."""
 
+    @property
+    def num_stages(self) -> int: ...
+
     def run_many(self, calls: Sequence[Callable[[], Any]], *, return_exceptions: bool = False) -> list[Any]:
         """The results of all, in order, or what they raised."""
         ...
@@ -119,7 +122,7 @@ class Guidance:
         return group(pieces, self._rules, self._may_join, self._row_limit(pieces) if self._join else 1)
 
     def _row_limit(self, pieces: list[Piece]) -> int:
-        """Of one forward. Stages overlap on different forwards, so where there are stages, as many forwards are left."""
+        """Of one forward. Stages overlap on different forwards, so as many forwards are left as there are stages."""
         num_stages = max((stages.num_stages for stages in self._stages.values()), default=1)
         return min(self._max_rows, max(1, sum(len(piece.rows) for piece in pieces) // num_stages))
 
