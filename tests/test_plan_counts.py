@@ -67,5 +67,5 @@ def test_operations_and_tokens_are_those_of_a_forward_that_ran(name: str, root: 
         assert abs(inside / real.blocks - 1) < error
     if name not in ONLY_BLOCKS:
         assert abs(found.work.flops / real.flops - 1) < error
-    if name not in FROM_FORWARD and found.blocks:
+    if name not in FROM_FORWARD and found.heads:  # a UNet's levels differ in length
         assert model.tokens.image == real.image

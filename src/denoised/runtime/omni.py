@@ -10,14 +10,14 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
 from denoised.checks import unknown_names
 from denoised.config import DiffusionParallelConfig, EngineConfig
-from denoised.errors import DenoisedError, InvalidRequestError
+from denoised.errors import InvalidRequestError
 from denoised.request import (
     OmniDiffusionSamplingParams,
     OmniRequestOutput,
@@ -30,8 +30,8 @@ from denoised.request import (
 )
 from denoised.runtime import model_info
 from denoised.runtime.accept import accept
+from denoised.runtime.asking import Ask, in_order, one_each, rejected
 from denoised.runtime.client import Client
-from denoised.runtime.failures import kind_of
 from denoised.runtime.kept import check_service
 from denoised.runtime.stats import Stats
 
@@ -39,15 +39,6 @@ SamplingParams = OmniDiffusionSamplingParams
 Heard = Progress | Preview | Saved | OmniRequestOutput
 """What is told of a request; its output is the last."""
 _SERVICE = Service()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """What is asked of the engine: `request` makes and checks the request of this id."""
-
-    request_id: str
-    prompt: Any
-    request: Callable[[], Request]
 
 
 def engine_config(
@@ -133,11 +124,6 @@ def _close_aside(client: Client) -> None:
     threading.Thread(target=client.close, name="denoised-close", daemon=True).start()
 
 
-def _rejected(request_id: str, prompt: Any, error: DenoisedError) -> OmniRequestOutput:
-    shown: Any = prompt if isinstance(prompt, dict) else {"prompt": str(prompt)}
-    return OmniRequestOutput(request_id=request_id, prompt=shown, error=str(error), error_kind=kind_of(error))
-
-
 class Omni(_Frontend):
     """Offline inference: a list of prompts in, a list of outputs out, in order.
 
@@ -180,7 +166,7 @@ class Omni(_Frontend):
         A request that fails has its reason in `error`; the others are not touched.
         """
         many = [prompts] if isinstance(prompts, str | dict) else list(prompts)
-        params = _one_each(sampling_params, len(many))
+        params = one_each(sampling_params, len(many))
         ids = [self._next_id() for _ in many]
         services = [service] * len(many) if isinstance(service, Service) else list(service)
         asks = [
@@ -188,7 +174,7 @@ class Omni(_Frontend):
             for i, p, s, how in zip(ids, many, params, services, strict=True)
         ]
         finished = self._run(asks, use_tqdm)
-        return finished if py_generator else _in_order(ids, finished)
+        return finished if py_generator else in_order(ids, finished)
 
     def resume(
         self, checkpoints: Any, *, service: Service = _SERVICE, use_tqdm: bool = True
@@ -207,7 +193,7 @@ class Omni(_Frontend):
             Ask(request_id=i, prompt="", request=functools.partial(self._resumed, i, c, service))
             for i, c in zip(ids, many, strict=True)
         ]
-        return _in_order(ids, self._run(asks, use_tqdm))
+        return in_order(ids, self._run(asks, use_tqdm))
 
     def _run(self, asks: Sequence[Ask], use_tqdm: bool) -> Iterator[OmniRequestOutput]:
         """Outputs as they finish. Leaving early (an exception, a closed generator) aborts what is still running."""
@@ -221,7 +207,7 @@ class Omni(_Frontend):
                     try:
                         self._client.submit(ask.request(), inbox.put)
                     except InvalidRequestError as error:
-                        inbox.put(_rejected(ask.request_id, ask.prompt, error))
+                        inbox.put(rejected(ask.request_id, ask.prompt, error))
                 while missing:
                     event = inbox.get()
                     bar.show(event)
@@ -231,21 +217,6 @@ class Omni(_Frontend):
             finally:
                 for request_id in missing:
                     self.abort(request_id)
-
-
-def _in_order(ids: list[str], finished: Iterator[OmniRequestOutput]) -> list[OmniRequestOutput]:
-    outputs = {output.request_id: output for output in finished}
-    return [outputs[request_id] for request_id in ids]
-
-
-def _one_each(params: Any, count: int) -> Sequence[SamplingParams | None]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise InvalidRequestError(
-            f"sampling_params has {len(params)} entries for {count} prompts; give one, or one each."
-        )
-    return list(params)
 
 
 class AsyncOmni(_Frontend):
