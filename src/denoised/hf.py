@@ -20,7 +20,7 @@ def components(pipeline: Any) -> dict[str, Any]:
     `pipeline.components` leaves out what a constructor has a default for, even if it is there.
     """
     known = pipeline.components
-    others = {name: vars(pipeline).get(name) for name in getattr(pipeline, "config", ()) if name not in known}
+    others = {name: vars(pipeline).get(name) for name in vars(pipeline).get("_internal_dict", ()) if name not in known}
     found = {**known, **{name: part for name, part in others.items() if _is_component(part)}}
     return {name: part for name, part in found.items() if part is not None}
 

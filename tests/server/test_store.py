@@ -245,7 +245,8 @@ class Killable:
         self.port = free_port()
         command = [sys.executable, "-m", "denoised.cli", "serve", folder("wan22_t2v"), "--port", str(self.port)]
         command += ["--num-threads", "1", "--jobs-folder", str(place), "--job-checkpoint-every", "5"]
-        command += ["--default-sampling-params", json.dumps(DEFAULTS), "--skip-warm-up"]
+        # Rows that share a forward round otherwise: bytes are those of a run alone only if none do.
+        command += ["--default-sampling-params", json.dumps(DEFAULTS), "--skip-warm-up", "--deterministic"]
         self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.popen.stdout is not None
         line = self.popen.stdout.readline()

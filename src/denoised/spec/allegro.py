@@ -4,6 +4,4 @@ from __future__ import annotations
 
 from denoised.spec.model_spec import ModelSpec
 
-SPECS = (
-    ModelSpec(pipeline="AllegroPipeline", kind="video", chunked=True, shared=frozenset({"image_rotary_emb"})),
-)
+SPECS = (ModelSpec(pipeline="AllegroPipeline", kind="video", chunked=True, shared=frozenset({"image_rotary_emb"})),)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from denoised.features.pipeline.cut import deal
-from denoised.features.pipeline.order import parts
 from denoised.runtime.planning.facts import Denoiser, ModelFacts, Work
 from denoised.runtime.planning.hardware import Hardware
 from denoised.runtime.planning.layout import Layout
@@ -99,6 +97,9 @@ def waiting(rows: int, num_stages: int, rounds: int = 1) -> float:
 
 def num_rounds(denoiser: Denoiser, layout: Layout) -> int:
     """Ranges of blocks that each stage has."""
+    from denoised.features.pipeline.cut import deal  # these import torch, which the command line does without
+    from denoised.features.pipeline.order import parts
+
     if layout.pipeline == 1 or layout.hsdp:
         return 1
     costs = tuple(float(block.params) for block in denoiser.blocks)
