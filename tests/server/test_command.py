@@ -84,11 +84,10 @@ def test_rank_that_dies_is_told_and_mended_and_sigterm_drains(processes: list[Pr
     thread, answers = server.ask(30)
     ranks = [child for child in psutil.Process(server.popen.pid).children(recursive=True) if not child.children()]
     ranks[-1].kill()
-    seen = []
-    while not seen or seen[-1].status_code == 503 or len(seen) < 3:
-        seen.append(httpx2.get(f"{server.url}/health"))
+    down: list[Any] = []
+    while (answer := httpx2.get(f"{server.url}/health")).status_code == 503 or not down:
+        down += [answer.json()] if answer.status_code == 503 else []
         time.sleep(0.01)
-    down = [answer.json() for answer in seen if answer.status_code == 503]
     assert down[0]["status"] == "degraded"
     assert "ranks are down" in down[0]["reason"]
     thread.join()

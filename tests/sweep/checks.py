@@ -96,7 +96,7 @@ def interleaved(omni: Omni, case: Case, report: Report) -> str | None:
     for index in (0, 1):
         _compare(report, "interleaved", index, outputs[f"i{index}"], EXACT)
     first_end = next(k for k, e in enumerate(events) if isinstance(e, OmniRequestOutput))
-    stepped = {e.request_id for e in events[:first_end] if isinstance(e, Progress)}
+    stepped = {e.request_id for e in events[:first_end] if isinstance(e, Progress) and e.step}
     assert (len(stepped) == 1) == omni.info.exclusive, f"{sorted(stepped)} had steps before the first of them ended"
     return IN_TURN if omni.info.exclusive else None
 
@@ -201,7 +201,7 @@ def _together(
 
     def hear(event: Progress | OmniRequestOutput) -> None:
         events.append(event)
-        if isinstance(event, Progress) and event.request_id == victim:
+        if isinstance(event, Progress) and event.step and event.request_id == victim:
             omni.abort(event.request_id)
         if sum(isinstance(e, OmniRequestOutput) for e in events) == len(order):
             done.set()

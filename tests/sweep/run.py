@@ -31,7 +31,8 @@ def sweep(names: Sequence[str], previous: dict[str, Any]) -> dict[str, Any]:
         "diffusers": diffusers.__version__,
         "pipelines": dict(sorted(found.items())),
         "unbuilt": dict(sorted({**{n: w for n, w in broken.items() if n in CASES}, **scope.UNBUILT}.items())),
-        "needs_input": [n for n in scope.with_prompt() if scope.needs_input(n) and n not in CASES],
+        "others": scope.OTHERS,
+        "needs_input": scope.out_of_scope(),
     }
 
 

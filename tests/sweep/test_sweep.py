@@ -55,14 +55,12 @@ def _accounts(rank: int, world_size: int) -> list[str]:
     from tests.sweep import scope
     from tests.sweep.cases import CASES
 
-    classes = set(scope.with_prompt())
-    needy = {name for name in classes if scope.needs_input(name)}
-    missing = classes - needy - CASES.keys() - scope.UNBUILT.keys()
-    twice = CASES.keys() & scope.UNBUILT.keys()
-    stale = set(RESULTS["needs_input"]) ^ (needy - CASES.keys() - scope.UNBUILT.keys())
-    unknown = (CASES.keys() | scope.UNBUILT.keys()) - classes
-    unswept = CASES.keys() ^ (RESULTS["pipelines"].keys() | (RESULTS["unbuilt"].keys() - scope.UNBUILT.keys()))
-    return sorted(missing | twice | stale | unknown | unswept)
+    classes, outside = set(scope.with_prompt()), set(scope.out_of_scope())
+    accounts = (CASES.keys(), scope.UNBUILT.keys(), scope.OTHERS.keys(), outside)
+    named = [name for account in accounts for name in account]
+    twice = {name for name in named if named.count(name) > 1}
+    swept = RESULTS["pipelines"].keys() | (RESULTS["unbuilt"].keys() - scope.UNBUILT.keys())
+    return sorted((classes ^ set(named)) | twice | (CASES.keys() ^ swept) | (outside ^ set(RESULTS["needs_input"])))
 
 
 def test_the_page_is_up_to_date() -> None:
