@@ -48,6 +48,11 @@ class Case:
             request.setdefault("negative_prompt", NEGATIVE)
         return request | ({self.steps: _STEPS[index]} if self.steps else {})
 
+    def endless(self) -> Request:
+        """Request 0 with so many steps that it can be stopped long before its end."""
+        request, name = self.request(0), self.steps or "decoder_num_inference_steps"
+        return request | {name: 40}
+
 
 def of_row(row: Row, pipeline: str) -> Case:
     """A class of which `tests.tiny` has a checkpoint already."""
