@@ -49,9 +49,9 @@ class Case:
         return request | ({self.steps: _STEPS[index]} if self.steps else {})
 
     def endless(self) -> Request:
-        """Request 0 with so many steps that it can be stopped long before its end."""
+        """Request 0 with so many steps that it can be stopped long before its end; lists of steps stay."""
         request, name = self.request(0), self.steps or "decoder_num_inference_steps"
-        return request | {name: 40}
+        return request | {name: 40} if name in request else request
 
 
 def of_row(row: Row, pipeline: str) -> Case:
