@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -224,16 +225,28 @@ _WEIGHTS, _SAMPLES = 16, 8
 
 
 def fingerprint(pipeline: Any) -> str:
-    """Equal for the same pipeline with the same weights; taken before features cut them."""
-    found = hashlib.blake2b(type(pipeline).__name__.encode(), digest_size=16)
+    """Equal for the same pipeline with the same weights."""
+    return to_fingerprint(pipeline)()
+
+
+def to_fingerprint(pipeline: Any) -> Callable[[], str]:
+    """Notes of what to take it, before features cut the weights; calling it reads those, after all that may refuse."""
+    known, few = [type(pipeline).__name__], []
     for name, part in sorted(hf.components(pipeline).items()):
-        found.update(f"{name} {type(part).__name__} {_config_of(part)}".encode())
+        known.append(f"{name} {type(part).__name__} {_config_of(part)}")
         if isinstance(part, nn.Module):
             weights = part.state_dict()
-            found.update(repr([(label, tuple(t.shape), t.dtype) for label, t in weights.items()]).encode())
-            for tensor in list(weights.values())[:: max(1, len(weights) // _WEIGHTS)]:
-                found.update(_sample(tensor))
-    return found.hexdigest()
+            known.append(repr([(label, tuple(t.shape), t.dtype) for label, t in weights.items()]))
+            few += [_sample(tensor) for tensor in list(weights.values())[:: max(1, len(weights) // _WEIGHTS)]]
+
+    def read() -> str:
+        found = hashlib.blake2b(repr(known).encode(), digest_size=16)
+        for tensor in few:
+            # A copy into a plain tensor reads one that is still in its file.
+            found.update(torch.zeros(tensor.shape).copy_(tensor).numpy().tobytes())
+        return found.hexdigest()
+
+    return read
 
 
 def _config_of(part: Any) -> str:
@@ -243,12 +256,8 @@ def _config_of(part: Any) -> str:
     return repr(sorted((key, repr(value)) for key, value in items if not key.startswith("_")))
 
 
-def _sample(tensor: torch.Tensor) -> bytes:
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
     few = tensor.detach()
     while few.dim() > 1:  # not `flatten`: of a weight that is in a file only this much is read
         few = few[0] if few.shape[0] else few.new_empty(0)
-    if few.dim() == 1:
-        few = few[:_SAMPLES]
-    # A copy into a plain tensor reads one that is still in its file.
-    plain = torch.zeros(few.shape).copy_(few)
-    return plain.numpy().tobytes()
+    return few[:_SAMPLES] if few.dim() == 1 else few

@@ -69,7 +69,7 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
     pipeline = load.load(spec.config, device=device, unread=mesh is not None)
     hf.route_warnings(_note)
     model_spec = resolve(pipeline)
-    fingerprint = checkpoints.fingerprint(pipeline)
+    fingerprint = checkpoints.to_fingerprint(pipeline)
     info = model_info.describe(
         pipeline,
         model_spec,
@@ -83,7 +83,7 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
     channel.send(Ready(info=info, seconds=time.perf_counter() - started))
     wire = _wire(mesh, device)
     return Engine(
-        runway=Runway(pipeline, model_spec, info, fingerprint, sees_all=guidance.placement.num_ranks == 1),
+        runway=Runway(pipeline, model_spec, info, fingerprint(), sees_all=guidance.placement.num_ranks == 1),
         info=info,
         guidance=guidance,
         cache=EncoderCache(spec.config.encoder_cache_mb * 2**20),
