@@ -135,7 +135,12 @@ def test_every_rank_decodes_its_tiles_of_a_preview() -> None:
     parallel = DiffusionParallelConfig(tensor_parallel_size=2, vae_patch_parallel_size=2)
     with Omni(folder("sd3"), parallel_config=parallel, num_threads=1) as omni:
         (alone,) = omni.generate([prompt], params, use_tqdm=False)
-        (output,) = omni.generate([prompt], params, use_tqdm=False, service=Service(num_previews=1))
+        (refused,) = omni.generate([prompt], params, use_tqdm=False, service=Service(num_previews=1))
+        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        omni._client.submit(omni._request("shown", prompt, params, Service(num_previews=1)), inbox.put)
+        while not isinstance(output := inbox.get(), OmniRequestOutput):
+            pass
+    assert refused.error == "num_previews=1: Omni gives outputs alone; use AsyncOmni, or 0."
     assert torch.equal(alone.images[0], output.images[0])
     for rank, before in zip(output.receipt.ranks, alone.receipt.ranks, strict=True):
         assert rank.counts["previews"] == 1

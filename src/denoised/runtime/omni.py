@@ -205,7 +205,7 @@ class Omni(_Frontend):
             try:
                 for ask in asks:
                     try:
-                        self._client.submit(ask.request(), inbox.put)
+                        self._client.submit(_shows_nothing(ask.request()), inbox.put)
                     except InvalidRequestError as error:
                         inbox.put(rejected(ask.request_id, ask.prompt, error))
                 while missing:
@@ -217,6 +217,15 @@ class Omni(_Frontend):
             finally:
                 for request_id in missing:
                     self.abort(request_id)
+
+
+def _shows_nothing(request: Request) -> Request:
+    """Previews would be drawn, and nobody would see them."""
+    if request.service.num_previews:
+        raise InvalidRequestError(
+            f"num_previews={request.service.num_previews}: Omni gives outputs alone; use AsyncOmni, or 0."
+        )
+    return request
 
 
 class AsyncOmni(_Frontend):
