@@ -64,6 +64,7 @@ def _admitted(given_: dict[str, Any]) -> bool:
 
 
 @pytest.mark.timeout(int(PATIENCE) * 10 + 60 * int(_asked or 0))
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")  # one step of some schedulers
 @settings(**_SETTINGS, max_examples=int(_asked or 8))
 @given(cases(degrees().filter(_admitted)))
 def test_same_latents_or_a_sentence(case: Case) -> None:
