@@ -18,7 +18,7 @@ from rich.table import Table
 from tests.tiny import ROWS
 
 from denoised import Omni, OmniDiffusionSamplingParams, OmniRequestOutput
-from denoised.request import Progress
+from denoised.outputs import Progress
 
 PROMPT = {"prompt": "a cat sits on the table", "negative_prompt": "two red birds over a lake"}
 

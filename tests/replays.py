@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from denoised.request import Request, Saved, Service
+from denoised.outputs import Saved
+from denoised.request import Request, Service
 from denoised.runtime import checkpoints, denoiser, model_info, previews
 from denoised.runtime.flights import Runway
 from denoised.runtime.results import InFlight

@@ -19,7 +19,8 @@ import torch
 from denoised import Omni
 from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import EngineError, InvalidRequestError, ModelError
-from denoised.request import OmniDiffusionSamplingParams, OmniRequestOutput, Progress, Request
+from denoised.outputs import OmniRequestOutput, Progress
+from denoised.request import OmniDiffusionSamplingParams, Request
 from denoised.runtime import launch, omni, program
 from denoised.runtime.client import Client
 from denoised.runtime.model_info import ModelInfo

@@ -16,9 +16,10 @@ from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwa
 from torch import nn
 
 from denoised import DiffusionParallelConfig
-from denoised.config import EngineConfig, validate
+from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError
 from denoised.features import expert, sequence, tensor
+from denoised.rules import validate
 from denoised.runtime.mesh import Mesh
 from denoised.spec.model_spec import ModelSpec
 from denoised.spec.registry import resolve

@@ -16,7 +16,7 @@ from PIL import Image
 from denoised.errors import InvalidRequestError
 from denoised.media import files
 from denoised.media.save import save
-from denoised.request import OmniRequestOutput
+from denoised.outputs import OmniRequestOutput
 
 FRAMES = [Image.new("RGB", (64, 48), (20 * i, 0, 255 - 20 * i)) for i in range(9)]
 TONE = torch.sin(torch.arange(22_050) / 10).repeat(2, 1)

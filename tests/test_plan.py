@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from denoised.config import EngineConfig, validate
+from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError
+from denoised.rules import validate
 from denoised.runtime.plan import (
     HARDWARE,
     Ask,

@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from denoised import hf
-from denoised.config import EngineConfig, validate
+from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError
+from denoised.rules import validate
 from denoised.runtime import denoiser
 from denoised.runtime.mesh import Mesh
 from denoised.runtime.plan import HARDWARE, Ask, Layout, ModelFacts, facts_of, plan, problem

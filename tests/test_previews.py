@@ -14,7 +14,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from denoised import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams, OmniRequestOutput
-from denoised.request import Preview, Service
+from denoised.outputs import Preview
+from denoised.request import Service
 from denoised.runtime import load, previews
 from tests.contract.support import ORDER, as_omni, folder, request_of, seed_of
 from tests.replays import Bench, bench, equal

@@ -20,8 +20,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from denoised import DiffusionParallelConfig, Omni
-from denoised.config import EngineConfig, validate
+from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError, ModelError
+from denoised.rules import validate
 from denoised.runtime import ray_cluster, ray_ranks
 from denoised.runtime.ray_rank import Place, interface_of
 from tests.contract.support import REORDERED, as_omni, difference, folder, media, plain, reference, request_of, seed_of

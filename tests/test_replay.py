@@ -17,7 +17,8 @@ import torch
 
 from denoised import AsyncOmni, DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams, OmniRequestOutput
 from denoised.errors import InvalidRequestError
-from denoised.request import Saved, Service
+from denoised.outputs import Saved
+from denoised.request import Service
 from denoised.runtime import checkpoints
 from denoised.runtime.checkpoints import Checkpoint
 from denoised.steps.unknown import MissingValueError

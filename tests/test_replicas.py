@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from denoised import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams, OmniRequestOutput
 from denoised.config import EngineConfig
-from denoised.request import Progress, Request
+from denoised.outputs import Progress
+from denoised.request import Request
 from denoised.runtime import launch
 from denoised.runtime.cost import USUAL_STEPS, Cost, predict
 from denoised.runtime.model_info import ModelInfo

@@ -14,7 +14,7 @@ import pytest
 
 from denoised import AsyncOmni, DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams, OmniRequestOutput
 from denoised.errors import InvalidConfigError, InvalidRequestError, ModelError
-from denoised.request import Progress
+from denoised.outputs import Progress
 from tests.contract.support import (
     REORDERED,
     as_omni,

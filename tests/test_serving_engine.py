@@ -15,7 +15,8 @@ import pytest
 
 from denoised import AsyncOmni, DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams
 from denoised.errors import InvalidConfigError, InvalidRequestError, QueueFullError
-from denoised.request import OmniRequestOutput, Progress, Service
+from denoised.outputs import OmniRequestOutput, Progress
+from denoised.request import Service
 from tests.contract.support import as_omni, difference, folder, media, plain, request_of, seed_of
 from tests.test_replicas import Asked
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from denoised.request import Saved
+from denoised.outputs import Saved
 from denoised.runtime.checkpoints import Checkpoint
 from denoised.runtime.kept import Kept
 from denoised.steps.packing import UnpackableError, pack

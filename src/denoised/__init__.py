@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from denoised.config import DiffusionParallelConfig
     from denoised.models.cfg_parallel import CFGParallelMixin
-    from denoised.request import OmniDiffusionSamplingParams, OmniRequestOutput
+    from denoised.outputs import OmniRequestOutput
+    from denoised.request import OmniDiffusionSamplingParams
     from denoised.runtime.omni import AsyncOmni, Omni
 
 __version__ = "0.1.0"

@@ -6,8 +6,8 @@ Nothing here knows how a request is run, and nothing imports torch: the server a
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal, TypedDict, cast
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypedDict, cast
 
 from denoised.checks import bounded, check_fields, unknown_names
 from denoised.errors import InvalidRequestError
@@ -196,126 +196,6 @@ class Request:
     generator_state: Any = None
     service: Service = Service()
     resume: Any = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankWork:
-    """What one rank did for one request: denoiser forwards that ran there, rows in them, seconds.
-
-    `counts` says what features did inside: collectives and their bytes, tiles, gathered blocks. `idle_seconds` of
-    `seconds` were spent waiting for other pipeline stages.
-    """
-
-    rank: int
-    forwards: int
-    rows: int
-    seconds: float
-    idle_seconds: float = 0.0
-    counts: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Receipt:
-    """What really ran for one request. Counted where it happened, never derived from the settings.
-
-    `notes` are the pipeline's own warnings, such as a setting that it did not use. Of `steps`, those up to
-    `resumed_from_step` were not computed again: they came from a checkpoint.
-    """
-
-    model: str
-    pipeline: str
-    world_size: int
-    parallel: dict[str, int]
-    dtype: str
-    device: str
-    seed: int
-    steps: int
-    ranks: list[RankWork]
-    rows_joined: int = 0
-    encoder_cache_hits: int = 0
-    encoder_cache_misses: int = 0
-    restarts: int = 0
-    resumed_from_step: int = 0
-    replica: int = 0
-    stage_seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_mb: float = 0.0
-    versions: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def line(self) -> str:
-        """The receipt as one readable line."""
-        ranks = ", ".join(f"rank {r.rank}: {r.forwards} forwards" for r in self.ranks)
-        stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stage_seconds.items())
-        extra = f", {self.rows_joined} rows joined" if self.rows_joined else ""
-        extra += f", {self.encoder_cache_hits} encoder cache hits" if self.encoder_cache_hits else ""
-        extra += f", {self.restarts} restarts" if self.restarts else ""
-        extra += f", resumed from step {self.resumed_from_step}" if self.resumed_from_step else ""
-        return (
-            f"{self.model}: {self.steps} steps ({ranks}{extra}); {stages}; seed {self.seed}, {self.dtype} on "
-            f"{self.device}, peak {self.peak_memory_mb:.0f} MB"
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-ErrorKind = Literal["invalid_request", "aborted", "timeout", "queue_full", "out_of_memory", "engine"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OmniRequestOutput:
-    """The result of one request. `error` is set, and the media are empty, if it failed.
-
-    `images` are PIL images (or arrays, as `output_type` says); `videos` lists of frames; `audios` arrays
-    [channels, samples]; `latents` the final latents if `output_type="latent"`. `error_kind` says whose fault an error
-    was, for programs.
-    """
-
-    request_id: str
-    prompt: PromptDict
-    images: list[Any] = field(default_factory=list)
-    videos: list[Any] = field(default_factory=list)
-    audios: list[Any] = field(default_factory=list)
-    latents: Any = None
-    trajectory_latents: list[Any] | None = None
-    trajectory_timesteps: list[float] | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    stage_durations: dict[str, float] = field(default_factory=dict)
-    peak_memory_mb: float = 0.0
-    receipt: Receipt | None = None
-    error: str | None = None
-    error_kind: ErrorKind | None = None
-    finished: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Steps done so far of one request. `position`: requests before it, 0 if it runs. `eta_seconds`: until its end."""
-
-    request_id: str
-    step: int
-    total_steps: int
-    position: int = 0
-    eta_seconds: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preview:
-    """What the model makes of a request so far: `images` as PIL images (of a video: frames). `index` counts from 0."""
-
-    request_id: str
-    index: int
-    step: int
-    images: list[Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Saved:
-    """A checkpoint after `step` steps of a request, as `Request.resume` takes it."""
-
-    request_id: str
-    step: int
-    checkpoint: Any
 
 
 def as_prompt(prompt: Any) -> PromptDict:

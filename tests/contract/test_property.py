@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, Phase, example, given, note, settings
 
 from denoised import DiffusionParallelConfig, Omni, OmniRequestOutput
 from denoised.config import MAX_RANKS as LARGEST_WORLD
-from denoised.config import EngineConfig, validate
+from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError, InvalidRequestError
+from denoised.rules import validate
 from tests.contract.cases import FIELDS, MAX_RANKS, Case, cases, degrees
 from tests.contract.parallel import PATIENCE, TRACES, counts
 from tests.contract.reads import MARK
@@ -64,7 +65,9 @@ def _admitted(given_: dict[str, Any]) -> bool:
 
 
 @pytest.mark.timeout(int(PATIENCE) * 10 + 60 * int(_asked or 0))
-@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")  # one step of some schedulers
+@pytest.mark.filterwarnings(
+    "ignore:(invalid value|divide by zero) encountered:RuntimeWarning"
+)  # one step of some schedulers
 @settings(**_SETTINGS, max_examples=int(_asked or 8))
 @given(cases(degrees().filter(_admitted)))
 def test_same_latents_or_a_sentence(case: Case) -> None:

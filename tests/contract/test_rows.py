@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from denoised import OmniRequestOutput
-from denoised.request import Progress
+from denoised.outputs import Progress
 from denoised.steps.task import Task
 from tests.contract.support import (
     EXACT,

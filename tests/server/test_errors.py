@@ -10,7 +10,7 @@ import httpx2
 import openai
 import pytest
 
-from denoised.request import ErrorKind
+from denoised.outputs import ErrorKind
 from denoised.server.problems import of_kind
 from tests import tiny
 from tests.server.live import OTHER_KEY, Live

@@ -16,7 +16,7 @@ import torch
 
 from denoised import DiffusionParallelConfig, Omni, OmniRequestOutput
 from denoised.errors import InvalidConfigError
-from denoised.request import Progress
+from denoised.outputs import Progress
 from denoised.steps.task import Task
 from tests.contract.support import EXACT, REORDERED, as_omni, difference, seed_of
 from tests.sweep.case import Case

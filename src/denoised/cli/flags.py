@@ -15,9 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
-from denoised.config import RULES, DiffusionParallelConfig, EngineConfig
+from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidConfigError
 from denoised.request import OmniDiffusionSamplingParams
+from denoised.rules import RULES
 
 ABSENT = frozenset(rule.absent for rule in RULES)
 ABSENT_PANEL = "Not in this version (refused with the reason)"

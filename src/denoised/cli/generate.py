@@ -14,9 +14,11 @@ import typer
 
 from denoised.cli.flags import ENGINE, PARALLEL, SAMPLING, flags, given, with_flags
 from denoised.cli.scales import Scales
-from denoised.config import DiffusionParallelConfig, EngineConfig, validate
+from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidRequestError
-from denoised.request import OmniDiffusionSamplingParams, OmniRequestOutput, PromptDict
+from denoised.outputs import OmniRequestOutput
+from denoised.request import OmniDiffusionSamplingParams, PromptDict
+from denoised.rules import validate
 
 _INERT = "Accepted for scripts written for vLLM-Omni; no effect."
 

@@ -9,8 +9,9 @@ import typer
 
 from denoised.cli.flags import ENGINE, PARALLEL, flags, given, with_flags
 from denoised.cli.generate import engine_settings
-from denoised.config import EngineConfig, validate
+from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError
+from denoised.rules import validate
 from denoised.server.settings import ServerConfig
 
 SERVER = flags(ServerConfig, "Server")

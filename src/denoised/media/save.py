@@ -10,7 +10,7 @@ from typing import Any
 
 from denoised.media import audio, images, video
 from denoised.media.files import numbered, replacing
-from denoised.request import OmniRequestOutput
+from denoised.outputs import OmniRequestOutput
 
 DEFAULT_FPS = 24.0
 DEFAULT_SAMPLE_RATE = 44_100

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from denoised.errors import DenoisedError, InvalidRequestError
-from denoised.request import OmniDiffusionSamplingParams, OmniRequestOutput, Request
+from denoised.outputs import OmniRequestOutput
+from denoised.request import OmniDiffusionSamplingParams, Request
 from denoised.runtime.failures import kind_of
 
 SamplingParams = OmniDiffusionSamplingParams

@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 from denoised.config import EngineConfig
 from denoised.errors import EngineError, InvalidRequestError, one_line
-from denoised.request import OmniRequestOutput, Preview, Progress, Request, Saved
+from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
+from denoised.request import Request
 from denoised.runtime import ship
 from denoised.runtime.desk import Desk
 from denoised.runtime.failures import refused

@@ -12,9 +12,10 @@ import queue
 import threading
 import time
 
-from denoised.config import EngineConfig, validate
+from denoised.config import EngineConfig
 from denoised.errors import EngineError, QueueFullError, RequestAbortedError
 from denoised.request import Request
+from denoised.rules import validate
 from denoised.runtime.clerk import Clerk
 from denoised.runtime.failures import refused
 from denoised.runtime.pending import Listener

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from denoised.request import OmniRequestOutput
+from denoised.outputs import OmniRequestOutput
 from denoised.runtime.stats import Spread, Work
 
 SPREADS = ("time_to_free", "admission_wait", "request_seconds", "eta_error")

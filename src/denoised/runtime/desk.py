@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 
 from denoised.config import EngineConfig
-from denoised.request import OmniRequestOutput, Progress, Request
+from denoised.outputs import OmniRequestOutput, Progress
+from denoised.request import Request
 from denoised.runtime import cost
 from denoised.runtime.counting import ClientMeter, ReplicaMeter
 from denoised.runtime.forecast import Job, Times, forecast, job_of

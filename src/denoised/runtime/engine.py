@@ -16,7 +16,8 @@ from typing import Any
 
 from denoised.errors import RequestAbortedError
 from denoised.features.guidance import Guidance, Outcome, Work
-from denoised.request import OmniRequestOutput, Preview, Progress, Request, Saved
+from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
+from denoised.request import Request
 from denoised.runtime import previews
 from denoised.runtime.agreement import Agreement
 from denoised.runtime.dispatch import Dispatch

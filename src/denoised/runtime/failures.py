@@ -11,7 +11,8 @@ from denoised.errors import (
     RequestAbortedError,
     RequestTimeoutError,
 )
-from denoised.request import ErrorKind, OmniRequestOutput, Request
+from denoised.outputs import ErrorKind, OmniRequestOutput
+from denoised.request import Request
 
 # torch's words, on CUDA and on the CPU; the last is Python's own.
 _OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "not enough memory", "can't allocate memory", "MemoryError")

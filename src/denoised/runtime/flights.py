@@ -8,7 +8,8 @@ from typing import Any
 
 from denoised import hf
 from denoised.errors import one_line
-from denoised.request import Request, Saved
+from denoised.outputs import Saved
+from denoised.request import Request
 from denoised.runtime import checkpoints, previews, program
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.results import InFlight

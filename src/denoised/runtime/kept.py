@@ -8,7 +8,8 @@ import dataclasses
 from typing import Any
 
 from denoised.errors import InvalidRequestError
-from denoised.request import Request, Saved, Service
+from denoised.outputs import Saved
+from denoised.request import Request, Service
 from denoised.runtime.model_info import ModelInfo
 
 # Of all checkpoints together. Past it the newest are not kept: their requests would start from their beginning.

@@ -18,16 +18,8 @@ from typing import Any
 from denoised.checks import unknown_names
 from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidRequestError
-from denoised.request import (
-    OmniDiffusionSamplingParams,
-    OmniRequestOutput,
-    Preview,
-    Progress,
-    Prompt,
-    Request,
-    Saved,
-    Service,
-)
+from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
+from denoised.request import OmniDiffusionSamplingParams, Prompt, Request, Service
 from denoised.runtime import model_info
 from denoised.runtime.accept import accept
 from denoised.runtime.asking import Ask, in_order, one_each, rejected

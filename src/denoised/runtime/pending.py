@@ -7,7 +7,8 @@ import logging
 from collections.abc import Callable
 
 from denoised.errors import RequestAbortedError, RequestTimeoutError
-from denoised.request import OmniRequestOutput, Preview, Progress, Request, Saved
+from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
+from denoised.request import Request
 from denoised.runtime.failures import refused
 
 _log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from denoised.errors import one_line
-from denoised.request import Preview, Request
+from denoised.outputs import Preview
+from denoised.request import Request
 from denoised.runtime import program
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.results import InFlight

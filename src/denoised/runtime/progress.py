@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from denoised.request import OmniRequestOutput, Preview, Progress, Saved
+from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
 
 
 class StepBar:

@@ -9,7 +9,8 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from denoised.config import EngineConfig
-from denoised.request import OmniRequestOutput, Preview, Progress, Request, Saved
+from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
+from denoised.request import Request
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.stats import Work
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from denoised.errors import InvalidRequestError, RequestAbortedError, one_line
 from denoised.features.guidance import Work
-from denoised.request import OmniRequestOutput, RankWork, Receipt, Request
+from denoised.outputs import OmniRequestOutput, RankWork, Receipt
+from denoised.request import Request
 from denoised.runtime import memory, program
 from denoised.runtime.failures import kind_of
 from denoised.runtime.model_info import ModelInfo

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from denoised.media.save import save
-from denoised.request import OmniRequestOutput
+from denoised.outputs import OmniRequestOutput
 from denoised.server import forms
 from denoised.server.answering import unless_gone
 from denoised.server.bodies import AudioRequest

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from denoised.request import OmniRequestOutput, Preview, Progress
+from denoised.outputs import OmniRequestOutput, Preview, Progress
 from denoised.server import forms, pictures
 from denoised.server.answering import EventStream, event, unless_gone
 from denoised.server.asks import Ask, Place

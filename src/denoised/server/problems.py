@@ -20,7 +20,7 @@ from denoised.errors import (
     RequestTimeoutError,
     one_line,
 )
-from denoised.request import ErrorKind
+from denoised.outputs import ErrorKind
 
 # Nobody reads the answer to one who hung up; logs and metrics count it under this status.
 CLIENT_GONE = 499

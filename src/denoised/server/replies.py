@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from denoised.request import OmniRequestOutput
+from denoised.outputs import OmniRequestOutput
 
 RECEIPT_HEADER = "X-Denoised-Receipt"
 _RECEIPT = "what really ran: model, steps, forwards of each rank, rows joined, seconds of each stage, seed"

@@ -15,15 +15,8 @@ from typing import Any, Literal, Protocol
 
 from denoised.config import EngineConfig
 from denoised.errors import one_line
-from denoised.request import (
-    OmniDiffusionSamplingParams,
-    OmniRequestOutput,
-    Preview,
-    Progress,
-    Prompt,
-    Saved,
-    Service,
-)
+from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
+from denoised.request import OmniDiffusionSamplingParams, Prompt, Service
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.stats import Stats
 from denoised.server.asks import Ask, Place

@@ -13,7 +13,7 @@ from pydantic import Field
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from denoised.media.save import save
-from denoised.request import OmniRequestOutput
+from denoised.outputs import OmniRequestOutput
 from denoised.server import forms
 from denoised.server.answering import unless_gone
 from denoised.server.asks import Ask, Place

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 from denoised.errors import DenoisedError, QueueFullError, one_line
 from denoised.media.save import save
-from denoised.request import OmniRequestOutput, Progress, Saved
+from denoised.outputs import OmniRequestOutput, Progress, Saved
 from denoised.server import kept_asks
 from denoised.server.asks import Ask
 from denoised.server.jobs import Job, JobStore, changed

@@ -6,8 +6,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
-from denoised.config import DiffusionParallelConfig, EngineConfig, validate
+from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidConfigError
+from denoised.rules import validate
 from denoised.runtime.planning.facts import Component, Denoiser, ModelFacts
 
 # Axis of the mesh to the field of the configuration, outermost first.

@@ -1,0 +1,163 @@
+"""`validate()`, and THE table of what may go together: what is refused before anything is loaded, and the way out.
+
+Nothing here imports torch. What depends on the model is refused by the features themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from denoised.config import MAX_RANKS, DiffusionParallelConfig, EngineConfig
+from denoised.errors import InvalidConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One line of the table: `broken(config)` says that these settings cannot start; `message` names the way out.
+
+    absent: the field that this version does not act on yet, so that help texts can say so.
+    """
+
+    broken: Callable[[EngineConfig], bool]
+    message: str
+    absent: str | None = None
+
+
+def _absent(name: str, inert: tuple[Any, ...], way_out: str) -> Rule:
+    """A feature that this version does not have: any value but the inert ones is refused."""
+    parallel = name in {f.name for f in fields(DiffusionParallelConfig)}
+
+    def value(config: EngineConfig) -> Any:
+        return getattr(config.parallel_config if parallel else config, name)
+
+    message = f"{name} is not available in this version; {way_out}"
+    return Rule(broken=lambda c: value(c) not in inert, message=message, absent=name)
+
+
+def _over_ranks(name: str) -> Rule:
+    """A degree that is no axis of its own: blocks of so many neighbours among a replica's ranks."""
+
+    def broken(config: EngineConfig) -> bool:
+        return bool(config.parallel_config.ranks_per_replica % getattr(config.parallel_config, name))
+
+    message = (
+        f"{name} must divide the ranks that the other degrees give (cfg x pipeline x ring x ulysses x tensor); "
+        "lower it, or raise cfg_parallel_size or ulysses_degree."
+    )
+    return Rule(broken=broken, message=message)
+
+
+def _hsdp_mismatch(config: EngineConfig) -> bool:
+    parallel = config.parallel_config
+    shards = parallel.hsdp_shard_size
+    if not parallel.use_hsdp or shards == -1:
+        return parallel.use_hsdp and parallel.num_weight_copies % parallel.hsdp_replicate_size != 0
+    return shards * parallel.hsdp_replicate_size != parallel.num_weight_copies
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        broken=lambda c: c.parallel_config.world_size > MAX_RANKS,
+        message=f"all degrees together give more than {MAX_RANKS} ranks; lower data_parallel_size, "
+        "pipeline_parallel_size, tensor_parallel_size, ulysses_degree or ring_degree.",
+    ),
+    Rule(
+        broken=lambda c: c.distributed_executor_backend == "ray" and importlib.util.find_spec("ray") is None,
+        message="distributed_executor_backend='ray' needs Ray, which is not installed; pip install 'denoised[ray]', "
+        "or leave it at 'mp'.",
+    ),
+    Rule(
+        broken=lambda c: c.distributed_executor_backend == "ray" and "TORCHELASTIC_RUN_ID" in os.environ,
+        message="distributed_executor_backend='ray' cannot go with torchrun, which starts the ranks itself; leave it "
+        "at 'mp', or run without torchrun.",
+    ),
+    Rule(
+        broken=lambda c: c.distributed_executor_backend == "ray" and not isinstance(c.model, str | Path),
+        message="distributed_executor_backend='ray' takes a model that every node can read, not a pipeline object; "
+        "save it into a folder and give that.",
+    ),
+    Rule(
+        broken=lambda c: (
+            c.parallel_config.ulysses_mode != "strict"
+            and c.parallel_config.ulysses_degree * c.parallel_config.ring_degree == 1
+        ),
+        message="ulysses_mode='advanced_uaa' needs a ulysses_degree or ring_degree of 2 or more; raise one, or leave "
+        "the mode out.",
+    ),
+    _over_ranks("vae_patch_parallel_size"),
+    _over_ranks("text_encoder_tp_size"),
+    Rule(
+        broken=lambda c: (
+            c.parallel_config.enable_expert_parallel
+            and c.parallel_config.sequence_degree * c.parallel_config.tensor_parallel_size == 1
+        ),
+        message="enable_expert_parallel=True deals experts to the ranks of the tensor and sequence axes; raise "
+        "tensor_parallel_size, ulysses_degree or ring_degree, or leave it off.",
+    ),
+    Rule(
+        broken=lambda c: (
+            c.parallel_config.enable_expert_parallel
+            and c.parallel_config.use_hsdp
+            and c.parallel_config.sequence_degree > 1
+        ),
+        message="enable_expert_parallel=True leaves the ranks of ulysses_degree and ring_degree with unequal weights, "
+        "which use_hsdp=True cannot shard over them; use tensor_parallel_size with it, or leave one out.",
+    ),
+    Rule(
+        broken=lambda c: c.parallel_config.use_hsdp and c.parallel_config.text_encoder_tp_size > 1,
+        message="text_encoder_tp_size cannot go with use_hsdp=True, which shards the text encoders already; leave one "
+        "out.",
+    ),
+    Rule(
+        broken=lambda c: c.parallel_config.use_hsdp and c.parallel_config.num_weight_copies == 1,
+        message="use_hsdp=True needs ranks that hold equal weights; raise cfg_parallel_size, ulysses_degree or "
+        "ring_degree.",
+    ),
+    Rule(
+        broken=lambda c: (
+            not c.parallel_config.use_hsdp
+            and (c.parallel_config.hsdp_shard_size, c.parallel_config.hsdp_replicate_size) != (-1, 1)
+        ),
+        message="hsdp_shard_size and hsdp_replicate_size act with use_hsdp=True only; set it, or leave them out.",
+    ),
+    Rule(
+        broken=_hsdp_mismatch,
+        message="hsdp_shard_size x hsdp_replicate_size must be the ranks that hold equal weights "
+        "(cfg_parallel_size x ring_degree x ulysses_degree); leave hsdp_shard_size at -1, or make them agree.",
+    ),
+    _absent("cache_backend", (None, "none"), "leave it out."),
+    _absent("cache_config", (None, {}), "leave it out."),
+    _absent("quantization", (None,), "leave it out."),
+    _absent("enable_cpu_offload", (False,), "leave it off."),
+    _absent("enable_layerwise_offload", (False,), "leave it off."),
+    _absent("layerwise_num_gpu_layers", (1,), "leave it out."),
+    _absent("attention_backend", (None,), "leave it out."),
+    _absent("lora_path", (None,), "fuse the adapter into the checkpoint."),
+    _absent("lora_scale", (1.0,), "leave it out."),
+    _absent("num_weight_load_threads", (None,), "leave it out."),
+    _absent("enable_multithread_weight_load", (None, False), "leave it out."),
+)
+
+
+def validate(config: EngineConfig, *, num_devices: int | None = None) -> None:
+    """Refuse settings that cannot act, before anything is loaded.
+
+    Args:
+        num_devices: accelerators on this node; None on CPU, where ranks share the cores.
+
+    Raises:
+        InvalidConfigError: one sentence with the field, the value and the way out.
+    """
+    for rule in RULES:
+        if rule.broken(config):
+            raise InvalidConfigError(rule.message)
+    if num_devices is not None and config.parallel_config.world_size > num_devices:
+        raise InvalidConfigError(
+            f"{config.parallel_config.formula()} ranks need as many devices, and {num_devices} are here; "
+            "lower a degree or set CUDA_VISIBLE_DEVICES."
+        )
