@@ -23,7 +23,7 @@ _HOMES = {
     "DiffusionParallelConfig": "denoised.config",
     "Omni": "denoised.runtime.omni",
     "OmniDiffusionSamplingParams": "denoised.request",
-    "OmniRequestOutput": "denoised.request",
+    "OmniRequestOutput": "denoised.outputs",
 }
 
 __all__ = [
