@@ -29,7 +29,8 @@ class Receipt:
     """What really ran for one request. Counted where it happened, never derived from the settings.
 
     `notes` are the pipeline's own warnings, such as a setting that it did not use. Of `steps`, those up to
-    `resumed_from_step` were not computed again: they came from a checkpoint.
+    `resumed_from_step` were not computed again: they came from a checkpoint. `queued_seconds`: from submission until the
+    ranks began.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Receipt:
     restarts: int = 0
     resumed_from_step: int = 0
     replica: int = 0
+    queued_seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)

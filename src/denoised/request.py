@@ -187,7 +187,10 @@ class Service:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt with its parameters, as it travels to the ranks. `resume` is a checkpoint of the same request."""
+    """One prompt with its parameters, as it travels to the ranks.
+
+    `resume` is a checkpoint of the same request; `came` is when it was submitted, in Unix seconds.
+    """
 
     request_id: str
     prompt: PromptDict
@@ -196,6 +199,7 @@ class Request:
     generator_state: Any = None
     service: Service = Service()
     resume: Any = None
+    came: float = 0.0
 
 
 def as_prompt(prompt: Any) -> PromptDict:

@@ -8,6 +8,7 @@ A request gives the same result whenever it is run, because its seed is fixed be
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import queue
 import threading
 import time
@@ -45,6 +46,7 @@ class Client(Clerk):
         Raises:
             QueueFullError: `bounded`, and too much is waiting already; nothing was queued.
         """
+        request = dataclasses.replace(request, came=time.time())
         with self._door:  # nothing enters behind `_stop`
             if not self._closed:
                 # Programs under torchrun must stay alike, and each would count for itself.

@@ -61,7 +61,7 @@ class Runway:
     def again(self, flight: InFlight) -> InFlight:
         """The same request from its start, because what its checkpoint kept is not enough."""
         fresh = self.request(dataclasses.replace(flight.request, resume=None))
-        fresh.started, fresh.num_previews = flight.started, flight.num_previews
+        fresh.started, fresh.queued, fresh.num_previews = flight.started, flight.queued, flight.num_previews
         fresh.task.note(f"resume: computed from the start, for {flight.task.error}.")
         return fresh
 
@@ -99,7 +99,13 @@ class Runway:
         return Saved(request_id=flight.request.request_id, step=past.iteration, checkpoint=flight.saver.save(past))
 
     def _flight(self, request: Request, journal: Journal | None, observer: StepObserver | None) -> InFlight:
-        flight = InFlight(request=request, task=None, observer=observer, started=time.perf_counter())  # type: ignore[arg-type]
+        flight = InFlight(
+            request=request,
+            task=None,  # type: ignore[arg-type]
+            observer=observer,
+            started=time.perf_counter(),
+            queued=max(0.0, time.time() - request.came) if request.came else 0.0,
+        )
         call = program.build(
             self._pipeline, request, self._info, report=flight.report, observer=observer, journal=journal
         )

@@ -32,7 +32,7 @@ class InFlight:
     """A request on this rank.
 
     told: the last iteration that was looked at for checkpoints and previews. resumed_from: the iteration that its
-    checkpoint is of. A preview has a `parent`, its number, and the step that it shows.
+    checkpoint is of. queued: seconds from its submission until it began here. A preview has a `parent`, its number, and the step that it shows.
     """
 
     request: Request
@@ -46,6 +46,7 @@ class InFlight:
     cache_hits: int = 0
     cache_misses: int = 0
     resumed_from: int = 0
+    queued: float = 0.0
     told: int = 0
     saver: Saver | None = None
     memory: Memory | None = None
@@ -106,6 +107,7 @@ def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str
         seed=flight.request.seed,
         steps=flight.step,
         resumed_from_step=flight.resumed_from,
+        queued_seconds=round(flight.queued, 6),
         ranks=[
             RankWork(
                 rank=rank,
