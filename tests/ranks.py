@@ -249,6 +249,9 @@ def _pickled(outcome: _Outcome) -> bytes:
 
 
 def _close_group() -> None:
+    boards = sys.modules.get("denoised.steps.boards")
+    if boards is not None:
+        boards.leave()
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()

@@ -32,6 +32,7 @@ from denoised.runtime.flights import Runway
 from denoised.runtime.mesh import Mesh
 from denoised.runtime.protocol import Channel, Command, Failed, RankSpec, Ready
 from denoised.spec.registry import resolve
+from denoised.steps import boards
 from denoised.steps.current import current_task
 from denoised.steps.wire import Wire
 
@@ -55,6 +56,9 @@ def run_rank(spec: RankSpec, channel: Channel) -> None:
         by_user, by_settings = isinstance(error, DenoisedError), isinstance(error, InvalidConfigError)
         text = str(error) if by_user else _with_place(error)
         _tell(channel, Failed(error=text, by_user=by_user, by_settings=by_settings))
+    finally:
+        if spec.world_size > 1:  # one rank alone may share its process with other engines
+            boards.leave()
 
 
 def start(spec: RankSpec, channel: Channel) -> Engine:

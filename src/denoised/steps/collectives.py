@@ -1,16 +1,19 @@
 """Collectives inside a forward, each counted by name (`tally`). Functional: arguments are never written to.
 
-Inference only: nothing here has a gradient. A group of one rank is the identity and counts nothing.
+Inference only: nothing here has a gradient. A group of one rank is the identity and counts nothing. Ranks that share
+a machine's memory read from a board (`boards`); others send messages.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from denoised.steps.boards import SLOT_BYTES, Turn, board_of
 from denoised.steps.tally import count
 
 Group = dist.ProcessGroup
@@ -20,9 +23,12 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum over ranks."""
     if group.size() == 1:
         return x
+    _count("all_reduce", x)
+    turn = _published(x, group)
+    if turn is not None:
+        return _sum([_as(turn.of(rank), x) for rank in range(group.size())])
     result = x.contiguous().clone()
     dist.all_reduce(result, group=group)
-    _count("all_reduce", result)
     return result
 
 
@@ -37,20 +43,27 @@ def all_gather(x: Tensor, group: Group, *, dim: int, sizes: Sequence[int] | None
 
 def gather_list(x: Tensor, group: Group) -> list[Tensor]:
     """All ranks' tensors of one shape, in order of rank."""
+    _count("all_gather", x)
+    turn = _published(x, group)
+    if turn is not None:
+        return [_as(turn.of(rank), x).clone() for rank in range(group.size())]
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(group.size())]
     dist.all_gather(parts, x, group=group)
-    _count("all_gather", x)
     return parts
 
 
 def all_to_all(parts: Sequence[Tensor], shapes: Sequence[torch.Size], group: Group) -> list[Tensor]:
     """Part r goes to rank r; what rank r has for this one comes back in place r, in shape `shapes[r]`."""
+    _count("all_to_all", *parts)
+    turn = _posted(parts, group)
+    if turn is not None and turn.wait().is_whole():
+        rank, dtype = group.rank(), parts[0].dtype
+        return [turn.of(r, rank).view(dtype).clone().reshape(shape) for r, shape in enumerate(shapes)]
     sent = torch.cat([part.reshape(-1) for part in parts])
     lengths = [shape.numel() for shape in shapes]
     received = sent.new_empty(sum(lengths))
     dist.all_to_all_single(received, sent, lengths, [part.numel() for part in parts], group=group)
-    _count("all_to_all", sent)
     return [flat.reshape(shape) for flat, shape in zip(torch.split(received, lengths), shapes, strict=True)]
 
 
@@ -58,9 +71,12 @@ def broadcast(x: Tensor, group: Group, *, source: int) -> Tensor:
     """Rank `source`'s tensor, on all; `x` gives shape and dtype on the others. `source` counts within the group."""
     if group.size() == 1:
         return x
+    _count("broadcast", x)
+    turn = _published(x, group, source)
+    if turn is not None:
+        return x if group.rank() == source else _as(turn.of(source), x).clone()
     result = x.contiguous().clone()
     dist.broadcast(result, group=group, group_src=source)
-    _count("broadcast", result)
     return result
 
 
@@ -101,19 +117,55 @@ class Shift:
     """Tensors on their way to the next rank of a ring, and those of the previous one on their way here."""
 
     def __init__(self, tensors: Sequence[Tensor], group: Group) -> None:
+        self._like, self._source = list(tensors), (group.rank() - 1) % group.size()
+        for x in tensors:
+            _count("ring_shift", x)
+        small = sum(x.numel() * x.element_size() for x in tensors) <= SLOT_BYTES
+        self._turn = _posted(tensors, group) if small else None
+        if self._turn is None:
+            self._send(group)
+
+    def _send(self, group: Group) -> None:
         rank, size = group.rank(), group.size()
-        self._sent = [tensor.contiguous() for tensor in tensors]
+        self._sent = [tensor.contiguous() for tensor in self._like]
         self._received = [torch.empty_like(tensor) for tensor in self._sent]
         ops = [dist.P2POp(dist.isend, x, group=group, group_peer=(rank + 1) % size) for x in self._sent]
-        ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=(rank - 1) % size) for x in self._received]
+        ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=self._source) for x in self._received]
         self._works = dist.batch_isend_irecv(ops)
-        for x in self._sent:
-            _count("ring_shift", x)
 
     def wait(self) -> list[Tensor]:
+        if self._turn is not None:
+            turn = self._turn.wait()
+            return [_as(turn.of(self._source, part), x).clone() for part, x in enumerate(self._like)]
         for work in self._works:
             work.wait()
         return self._received
+
+
+def _posted(parts: Sequence[Tensor], group: Group) -> Turn | None:
+    """What this rank has for the others, if the group has a board."""
+    board = board_of(group, parts[0].device)
+    return None if board is None else board.publish(parts)
+
+
+def _published(x: Tensor, group: Group, source: int | None = None) -> Turn | None:
+    """A tensor that is as large on all ranks, of `source` or of everybody, and can be read now."""
+    if x.numel() * x.element_size() > SLOT_BYTES or (board := board_of(group, x.device)) is None:
+        return None
+    return board.publish([x] if source in (None, group.rank()) else []).wait()
+
+
+def _as(raw: Tensor, like: Tensor) -> Tensor:
+    return raw.view(like.dtype).reshape(like.shape)
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """In order of rank, so that it is the same everywhere; of many small floats, rounded once."""
+    if len(parts) == 2 or not parts[0].is_floating_point():
+        return functools.reduce(torch.add, parts)
+    return functools.reduce(torch.add, (part.float() if part.itemsize < 4 else part for part in parts)).to(
+        parts[0].dtype
+    )
 
 
 def _padded(x: Tensor, dim: int, length: int) -> Tensor:
@@ -125,6 +177,6 @@ def _padded(x: Tensor, dim: int, length: int) -> Tensor:
     return torch.cat([x, x.new_zeros(shape)], dim=dim)
 
 
-def _count(name: str, sent: Tensor) -> None:
+def _count(name: str, *sent: Tensor) -> None:
     count(name)
-    count(f"{name}_bytes", sent.numel() * sent.element_size())
+    count(f"{name}_bytes", sum(x.numel() * x.element_size() for x in sent))
