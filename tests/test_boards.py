@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from denoised.steps import boards, collectives
+from denoised.steps import boards, collectives, shared_memory
+from denoised.steps.shared_memory import RankGoneError, SharedMemory
 from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -26,6 +27,7 @@ def everything(rank: int, size: int) -> list[Tensor]:
         x = (torch.arange(24).view(2, 3, 4) % 5 + rank).to(dtype)
         out += collectives.gather_list(x.transpose(0, 2), group)
         out.append(collectives.broadcast(x, group, source=size - 1))
+        assert out[-1].data_ptr() != x.data_ptr(), "a tensor of its own, on all ranks"
         out += collectives.Shift([x, x[:, :1]], group).wait()
         parts = [x.reshape(-1)[: rank + r + 1] for r in range(size)]
         out += collectives.all_to_all(parts, [torch.Size([rank + r + 1]) for r in range(size)], group)
@@ -35,12 +37,12 @@ def everything(rank: int, size: int) -> list[Tensor]:
 
 
 def with_messages(rank: int, size: int) -> list[Tensor]:
-    boards._stores_are_ordered, ordered = lambda: False, boards._stores_are_ordered
+    shared_memory.is_possible, possible = lambda: False, shared_memory.is_possible
     try:
         assert boards.board_of(_world(), CPU) is None
         return everything(rank, size)
     finally:
-        boards._stores_are_ordered = ordered
+        shared_memory.is_possible = possible
 
 
 def with_a_board(rank: int, size: int) -> list[Tensor]:
@@ -95,6 +97,29 @@ def test_turns_are_kept_apart() -> None:
     run_on_ranks(many_turns, 4)  # more than this machine may have cores
 
 
+def letters(rank: int, size: int) -> int:
+    """More than there are slots, both ways at once, taken in another order than they were expected."""
+    collectives.all_reduce(torch.ones(1), _world())  # makes the board
+    other, num = 1 - rank, 3 * boards.NUM_LETTERS
+    likes = [torch.empty(n + 1, 2, dtype=torch.bfloat16) for n in range(num)]
+    arriving = [collectives.Arriving(like, _world(), source=other) for like in likes]
+    posted = [
+        collectives.Posted(torch.full_like(like, 10 * rank + n), _world(), to=other) for n, like in enumerate(likes)
+    ]
+    for letter in posted:
+        letter.wait()
+    collectives.all_reduce(torch.ones(1), _world())  # a wait for anything else does not need them to be read
+    for n in reversed(range(num)):
+        assert arriving[n].wait().tolist() == torch.full_like(likes[n], 10 * other + n).tolist()
+    board = boards.made_board(_world())
+    assert board is not None
+    return int(board.shared.words[board.words(other, rank)[1]])
+
+
+def test_letters() -> None:
+    assert run_on_ranks(letters, 2) == [3 * boards.NUM_LETTERS] * 2
+
+
 def fails(rank: int, size: int) -> None:
     collectives.all_reduce(torch.ones(1), _world())
     if rank == 1:
@@ -111,14 +136,14 @@ def test_a_rank_that_fails_is_not_waited_for() -> None:
 
 
 def test_a_rank_that_is_killed_is_not_waited_for() -> None:
-    memory = mmap.mmap(-1, boards.num_bytes(2))
+    memory = mmap.mmap(-1, shared_memory.num_bytes(2, 2, 64))
     with subprocess.Popen(["sleep", "60"]) as other:
-        board = boards.Board(memory, 0, [os.getpid(), other.pid], spins=0)
-        with pytest.raises(TimeoutError):
-            board.publish([]).wait(0.3)
+        shared = SharedMemory(memory, 2, [os.getpid(), other.pid], rank=0)
+        with pytest.raises(TimeoutError, match="rank 1"):
+            shared.wait(1, 1, rank=1, patience=0.3)
         other.kill()  # and nobody asks for its exit code
-        with pytest.raises(boards.RankGoneError, match="rank 1"):
-            board.publish([]).wait(30)
+        with pytest.raises(RankGoneError, match="rank 1"):
+            shared.wait(1, 1, rank=1)
 
 
 def patience(rank: int, size: int) -> None:
