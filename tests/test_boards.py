@@ -28,7 +28,7 @@ def everything(rank: int, size: int) -> list[Tensor]:
         out += collectives.gather_list(x.transpose(0, 2), group)
         out.append(collectives.broadcast(x, group, source=size - 1))
         assert out[-1].data_ptr() != x.data_ptr(), "a tensor of its own, on all ranks"
-        out += collectives.Shift([x, x[:, :1]], group).wait()
+        out += collectives.Shift([x[0, 0, :3], x.double(), x[:, :1]], group).wait()
         parts = [x.reshape(-1)[: rank + r + 1] for r in range(size)]
         out += collectives.all_to_all(parts, [torch.Size([rank + r + 1]) for r in range(size)], group)
         out += [collectives.all_reduce(x, group)] if dtype is not torch.bool else []

@@ -12,7 +12,9 @@ _stored = weights._stored
 
 
 def _marking(path: Any, name: str) -> Any:
-    (Path(path).parent.parent / MARK).touch()
+    folder = Path(path).parent.parent
+    if folder.is_dir():  # other tests of this process may have taken theirs away
+        (folder / MARK).touch()
     return _stored(path, name)
 
 

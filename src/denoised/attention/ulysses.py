@@ -26,11 +26,10 @@ def to_heads(
     if group.size() == 1:
         return list(tensors)
     rank, ranks = group.rank(), range(group.size())
-    sent = [torch.cat([x[:, s[r]].reshape(-1) for x, s in zip(tensors, slices, strict=True)]) for r in ranks]
+    sent = [[x[:, s[r]] for x, s in zip(tensors, slices, strict=True)] for r in ranks]
     shapes = [[_shape(x, s[rank], n[r]) for x, s, n in zip(tensors, slices, lengths, strict=True)] for r in ranks]
-    flat = collectives.all_to_all(sent, [torch.Size([sum(s.numel() for s in row)]) for row in shapes], group)
-    pieces = [_unpacked(message, row) for message, row in zip(flat, shapes, strict=True)]
-    return [torch.cat(column, dim=2) for column in zip(*pieces, strict=True)]
+    columns = zip(*collectives.exchange(sent, shapes, group), strict=True)
+    return [torch.cat(column, dim=2) for column in columns]
 
 
 def to_sequence(x: Tensor, heads: Heads, lengths: Sequence[int], group: Group) -> Tensor:
@@ -38,15 +37,10 @@ def to_sequence(x: Tensor, heads: Heads, lengths: Sequence[int], group: Group) -
     if group.size() == 1:
         return x
     mine = lengths[group.rank()]
-    sent = list(torch.split(x, list(lengths), dim=2))
-    shapes = [_shape(x, heads.of(rank), mine) for rank in range(group.size())]
-    return torch.cat(collectives.all_to_all(sent, shapes, group), dim=1)
+    sent = [[part] for part in torch.split(x, list(lengths), dim=2)]
+    shapes = [[_shape(x, heads.of(rank), mine)] for rank in range(group.size())]
+    return torch.cat([part for (part,) in collectives.exchange(sent, shapes, group)], dim=1)
 
 
 def _shape(x: Tensor, heads: slice, tokens: int) -> torch.Size:
     return torch.Size([x.shape[0], heads.stop - heads.start, tokens, x.shape[3]])
-
-
-def _unpacked(message: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    parts = torch.split(message, [shape.numel() for shape in shapes])
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,7 +29,7 @@ from denoised.steps.shared_memory import RankGoneError, SharedMemory
 SLOT_BYTES = 32 * 2**20
 LETTER_BYTES, NUM_LETTERS = 8 * 2**20, 4
 MAX_RANKS = 16
-_TABLE = 1024  # bytes of the offsets in front of a slot
+_TABLE, _ALIGNED = 1024, 16  # bytes: of the places of parts in front of a slot; what any dtype can start at
 
 _boards: weakref.WeakKeyDictionary[Any, Board | None] = weakref.WeakKeyDictionary()
 
@@ -73,7 +72,7 @@ class Turn:
     def of(self, rank: int, part: int = 0) -> Tensor:
         """Bytes of part `part` of what that rank published, where they lie."""
         table, data = self._board.slot(rank, self._number)
-        return data[int(table[part]) : int(table[part + 1])]
+        return data[int(table[2 * part]) : int(table[2 * part + 1])]
 
     def is_whole(self) -> bool:
         """Whether everybody's parts did fit."""
@@ -100,19 +99,23 @@ class Board:
         self._inboxes = {rank: Inbox(self, rank) for rank in range(size)}
 
     def slot(self, rank: int, turn: int) -> tuple[Any, Tensor]:
-        """Offsets of the parts, and bytes."""
+        """Where parts start and end, and the bytes."""
         return self._slots[rank][turn % 2]
 
     def publish(self, parts: Sequence[Tensor]) -> Turn:
         """Everybody's next turn; `parts` may differ in number and size. What does not fit is not there for anybody."""
         self._turn += 1
         table, data = self.slot(self.shared.rank, self._turn)
-        sizes = [part.numel() * part.element_size() for part in parts]
-        if sum(sizes) > SLOT_BYTES or len(parts) >= len(table):
+        places, end = [], 0
+        for part in parts:
+            start = -(-end // _ALIGNED) * _ALIGNED
+            end = start + part.numel() * part.element_size()
+            places += [start, end]
+        if end > SLOT_BYTES or len(places) > len(table):
             table[0] = -1
         else:
-            table[: len(parts) + 1] = ends = [0, *np.cumsum(sizes).tolist()]
-            for part, start, end in zip(parts, ends, ends[1:], strict=False):
+            table[0], table[: len(places)] = 0, places
+            for part, start, end in zip(parts, places[::2], places[1::2], strict=True):
                 _written(part, data[start:end])
         self.shared.put(self.shared.rank, self._turn)
         return Turn(self, self._turn)

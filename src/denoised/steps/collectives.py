@@ -55,16 +55,38 @@ def gather_list(x: Tensor, group: Group) -> list[Tensor]:
 
 def all_to_all(parts: Sequence[Tensor], shapes: Sequence[torch.Size], group: Group) -> list[Tensor]:
     """Part r goes to rank r; what rank r has for this one comes back in place r, in shape `shapes[r]`."""
-    _count("all_to_all", *parts)
-    turn = _posted(parts, group)
-    if turn is not None and turn.wait().is_whole():
-        rank, dtype = group.rank(), parts[0].dtype
-        return [turn.of(r, rank).view(dtype).clone().reshape(shape) for r, shape in enumerate(shapes)]
-    sent = torch.cat([part.reshape(-1) for part in parts])
-    lengths = [shape.numel() for shape in shapes]
-    received = sent.new_empty(sum(lengths))
-    dist.all_to_all_single(received, sent, lengths, [part.numel() for part in parts], group=group)
-    return [flat.reshape(shape) for flat, shape in zip(torch.split(received, lengths), shapes, strict=True)]
+    received = exchange([[part] for part in parts], [[shape] for shape in shapes], group)
+    return [column[0].clone() for column in received]
+
+
+def exchange(
+    sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]], group: Group
+) -> list[list[Tensor]]:
+    """Tensors `sent[r]`, all of one dtype, go to rank r; what rank r has for this one comes back in place r, in shapes
+    `shapes[r]`. To be read before the next exchange: others may write there then."""
+    rank, num = group.rank(), len(shapes[0])
+    flat = [part for parts in sent for part in parts]
+    _count("all_to_all", *flat)
+    turn = _posted(flat, group)
+    if turn is None or not turn.wait().is_whole():
+        return _messages(sent, shapes, group)
+
+    def found(r: int) -> list[Tensor]:
+        return [turn.of(r, rank * num + i).view(flat[0].dtype).view(shape) for i, shape in enumerate(shapes[r])]
+
+    return [list(sent[r]) if r == rank else found(r) for r in range(len(shapes))]
+
+
+def _messages(
+    sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[torch.Size]], group: Group
+) -> list[list[Tensor]]:
+    flat = torch.cat([part.reshape(-1) for parts in sent for part in parts])
+    lengths = [sum(shape.numel() for shape in row) for row in shapes]
+    given = [sum(part.numel() for part in parts) for parts in sent]
+    received = flat.new_empty(sum(lengths))
+    dist.all_to_all_single(received, flat, lengths, given, group=group)
+    pieces = iter(torch.split(received, [shape.numel() for row in shapes for shape in row]))
+    return [[next(pieces).view(shape) for shape in row] for row in shapes]
 
 
 def broadcast(x: Tensor, group: Group, *, source: int) -> Tensor:
