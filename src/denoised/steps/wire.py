@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from denoised.errors import EngineError
+from denoised.steps.boards import board_of
+from denoised.steps.collectives import gather_list
 
 Key = Any
 
@@ -91,25 +93,34 @@ class Wire:
         # The sender knows whether a layout is news: what others remember is what it told them.
         news = any(self._layouts.get(key) != _layout(*flat) for key, flat in self._flat.items())
         mine = torch.tensor([digest, errors, commands, news, round(busy * 1e6)], dtype=torch.int64)
-        table = [torch.empty_like(mine) for _ in range(self.size)]
-        self._gather(table, mine, patience)
-        if any(row[0] != mine[0] for row in table):
+        table = [row.tolist() for row in self._told(mine, patience)]
+        if any(row[0] != digest for row in table):
             raise DesyncError(f"rank {self.rank}: ranks disagree about the next exchange")
         return Header(
             errors=any(bool(row[1]) for row in table),
             news=any(bool(row[3]) for row in table),
             commands=bool(table[0][2]),
-            busy=tuple(int(row[4]) / 1e6 for row in table),
+            busy=tuple(row[4] / 1e6 for row in table),
         )
 
-    def _gather(self, table: list[torch.Tensor], mine: torch.Tensor, patience: float | None) -> None:
-        work = dist.all_gather(table, mine, group=self._control, async_op=True)
+    def _told(self, mine: torch.Tensor, patience: float | None) -> list[torch.Tensor]:
+        """What each rank says; of `mine`'s shape."""
         try:
-            work.wait(*(() if patience is None else (datetime.timedelta(seconds=patience),)))
-        except RuntimeError as error:
+            return self._heard(mine, patience)
+        except (RuntimeError, TimeoutError) as error:
             if patience is None:
                 raise
             raise DesyncError(f"rank {self.rank} failed in a forward that other ranks are still in") from error
+
+    def _heard(self, mine: torch.Tensor, patience: float | None) -> list[torch.Tensor]:
+        board = board_of(self._control, mine.device)
+        if board is not None:
+            turn = board.publish([mine]).wait(patience)
+            return [turn.of(rank).view(mine.dtype) for rank in range(self.size)]
+        table = [torch.empty_like(mine) for _ in range(self.size)]
+        work = dist.all_gather(table, mine, group=self._control, async_op=True)
+        work.wait(*(() if patience is None else (datetime.timedelta(seconds=patience),)))
+        return table
 
     def gather_objects(self, mine: Any) -> list[Any]:
         """A small object from every rank."""
@@ -141,8 +152,7 @@ class Wire:
         send = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
         self._pack(send, [leaf for p in parcels if p.rank == self._place for leaf in self._flat[p.key][0]])
         self._flat = {}
-        received = [torch.empty_like(send) for _ in places]
-        dist.all_gather(received, send, group=self._data)
+        received = gather_list(send, self._data)
         self.num_exchanges += 1
         return self._unpack(parcels, received) | mine
 
