@@ -1,6 +1,11 @@
-"""Every parallel method: two ranks of one thread against one, on transformers of 12 blocks and about 115M weights.
+"""Every parallel method: two ranks of one thread against one, on transformers of 105M to 115M weights.
 
-    python -m benchmarks.scaling [--steps 4] [--rounds 3] [--size 512] [--only tensor] [--model image video vae]
+    python -m benchmarks.scaling [--steps 4] [--rounds 3] [--only tensor] [--model image deep video vae]
+
+    image   512 x 512, 4 blocks of width 1,024: nearer to the widths in use (1,536 to 3,072) than
+    deep    the same picture, 12 blocks of width 512, which stages can be cut from
+    video   17 frames of 384 x 384, 4 blocks of width 1,280
+    vae     tiles of a picture of 512 x 1,024
 
 Per step: time between the ends of two steps, as a ratio of interleaved runs; an ideal method gives 2. Guidance is on:
 two rows a step, which is what lets the stages of a pipeline overlap. Where ranks wait for stages, the share of their
@@ -35,27 +40,31 @@ METHODS: dict[str, dict[str, Any]] = {
     "hsdp over cfg": {"cfg_parallel_size": 2, "use_hsdp": True},
 }
 DIVIDES_WEIGHTS = ("tensor", "pipeline", "hsdp over cfg")
-LAYERS = 12
+SUITED = {
+    "image": ("cfg", "ulysses", "ring", "tensor"),
+    "deep": ("ulysses", "ring", "tensor", "pipeline", "hsdp over cfg"),
+    "video": ("ulysses", "ring", "tensor"),
+}
+MODELS = ("image", "deep", "video", "vae")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", type=int, default=512, help="of the picture; frames of the video have half of it")
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--model", nargs="+", choices=["image", "video", "vae"], default=["image", "video", "vae"])
+    parser.add_argument("--only", nargs="+", choices=list(METHODS), help="default: those that suit the model")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     args = parser.parse_args()
     imported = _resident(os.getpid(), "RssAnon", "RssFile")
-    results: dict[str, Any] = {"size": args.size}
+    results: dict[str, Any] = {}
     for model in (name for name in args.model if name != "vae"):
         folder, results[f"{model}: parameters"] = _elsewhere(model)
-        params = _params(model, args.size, args.steps)
-        for method in args.only:
+        params = _params(model, args.steps)
+        for method in args.only or SUITED[model]:
             found = compare(folder, method, params, args.rounds, imported)
             results |= {f"{model}, {method}: {name}": value for name, value in found.items()}
     if "vae" in args.model:
-        results |= decode(args.size, args.rounds)
+        results |= decode(512, args.rounds)
     show("scaling", results)
 
 
@@ -98,12 +107,11 @@ def _omni(folder: str, degrees: dict[str, Any]) -> Omni:
     return Omni(folder, parallel_config=DiffusionParallelConfig(**degrees), dtype="bfloat16", num_threads=1)
 
 
-def _params(model: str, size: int, steps: int) -> OmniDiffusionSamplingParams:
+def _params(model: str, steps: int) -> OmniDiffusionSamplingParams:
     shared: dict[str, Any] = {"num_inference_steps": steps, "seed": 0, "output_type": "latent"}
     if model == "video":
-        half = size // 2
-        return OmniDiffusionSamplingParams(height=half, width=half, num_frames=17, guidance_scale=4.0, **shared)
-    return OmniDiffusionSamplingParams(height=size, width=size, true_cfg_scale=4.0, **shared)
+        return OmniDiffusionSamplingParams(height=384, width=384, num_frames=17, guidance_scale=4.0, **shared)
+    return OmniDiffusionSamplingParams(height=512, width=512, true_cfg_scale=4.0, **shared)
 
 
 def _elsewhere(model: str) -> tuple[str, int]:
@@ -113,28 +121,29 @@ def _elsewhere(model: str) -> tuple[str, int]:
 
 
 def _made(model: str) -> tuple[str, int]:
-    image = model == "image"
-    pipeline = qwen_image(layers=LAYERS, heads=8, dtype=torch.bfloat16) if image else _wan()
+    layers, heads = {"image": (4, 16), "deep": (12, 8), "video": (4, 20)}[model]
+    made = _wan if model == "video" else qwen_image
+    pipeline = made(layers=layers, heads=heads, dtype=torch.bfloat16)
     return saved(pipeline), num_parameters(pipeline.transformer)
 
 
-def _wan() -> Any:
+def _wan(*, layers: int, heads: int, dtype: torch.dtype) -> Any:
     """A Wan pipeline for videos of 4 x 8 x 8 pixels a latent."""
     from diffusers import WanPipeline, WanTransformer3DModel
     from tests.tiny import encoders, wan
 
     torch.manual_seed(0)
     transformer = WanTransformer3DModel(
-        num_attention_heads=12,
+        num_attention_heads=heads,
         attention_head_dim=64,
         in_channels=wan.CHANNELS,
         out_channels=wan.CHANNELS,
         text_dim=encoders.WIDTH,
-        ffn_dim=3072,
-        num_layers=LAYERS,
+        ffn_dim=4 * 64 * heads,
+        num_layers=layers,
         rope_max_seq_len=64,
     ).eval()
-    return WanPipeline(**wan.components(), transformer=transformer).to(torch.bfloat16)
+    return WanPipeline(**wan.components(), transformer=transformer).to(dtype)
 
 
 # Memory of processes

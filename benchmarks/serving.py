@@ -1,8 +1,10 @@
 """`denoised serve` against a diffusers pipeline behind a lock in FastAPI, over HTTP, with the built-in model.
 
     python -m benchmarks.serving [--requests 64] [--rounds 3] [--only small mix poisson fairness]
+        [--ranks --cfg-parallel-size 2]
 
-As many threads for both: ours as two ranks of one, the other's in each operation. Answers are PNG files. Cases:
+As many threads for both: ours are two ranks of one, by default two replicas; the other shares each operation. Answers
+are PNG files. Cases:
 
     small     eight clients, each with one request at a time: pictures of 128 x 128, 10 steps, guidance
     mix       the same with pictures of 64 to 256 pixels, 4 to 20 steps, with and without guidance
@@ -50,12 +52,13 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a server did in one case. `busy`: of each rank's time; `tick`: mean seconds."""
+    """What a server did in one case. `busy`: of each rank's time; seconds of a tick, and of the longest so far."""
 
     answers: list[Answer]
     seconds: float
     busy: list[float] = field(default_factory=list)
     tick: float = 0.0
+    longest_tick: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -79,10 +82,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--ranks", nargs=argparse.REMAINDER, default=["--data-parallel-size", "2"], help="flags of our two ranks"
+    )
     parser.add_argument("--only", nargs="+", default=list(CASES), choices=list(CASES))
     args = parser.parse_args()
     keys = ("first", "second")
-    ours = ["denoised.cli", "serve", "shapes", "--port", "0", "--cfg-parallel-size", "2", "--num-threads", "1"]
+    ours = ["denoised.cli", "serve", "shapes", "--port", "0", "--num-threads", "1", *args.ranks]
     with ExitStack() as stack:
         engine = stack.enter_context(running(*ours, *(f"--api-key={key}" for key in keys)))
         plain = stack.enter_context(running("benchmarks.plain_server", "--threads", "2"))
@@ -177,7 +183,8 @@ async def _measured(server: Server, answers: list[Answer], work: Any) -> Run:
     busy = [value / seconds for name, value in sorted(delta.items()) if "rank_busy" in name]
     ticks = sum(v for k, v in delta.items() if k.startswith("denoised_ticks_total"))
     total = sum(v for k, v in delta.items() if k.startswith("denoised_tick_seconds_total"))
-    return Run(answers=answers, seconds=seconds, busy=busy, tick=total / max(1, ticks))
+    longest = max((v for k, v in after.items() if "longest_tick" in k), default=0.0)
+    return Run(answers=answers, seconds=seconds, busy=busy, tick=total / max(1, ticks), longest_tick=longest)
 
 
 async def _counters(server: Server) -> dict[str, float]:
@@ -253,7 +260,9 @@ def _row(engine: list[Run], plain: list[Run]) -> dict[str, Any]:
         "p95 admission wait: seconds (plain)": (
             f"{_quantile(waits, 0.95):.4f} ({_quantile([a.queued for a in theirs], 0.95):.3f})"
         ),
-        "mean tick: seconds": statistics.mean(run.tick for run in engine),
+        "mean tick, longest tick: seconds": (
+            f"{statistics.mean(run.tick for run in engine):.4f}, {max(run.longest_tick for run in engine):.4f}"
+        ),
         "busy, of each rank's time": [
             round(statistics.median(b), 3) for b in zip(*(r.busy for r in engine), strict=True)
         ],
