@@ -75,15 +75,7 @@ def test_refused_before_loading(flags: str, says: tuple[str, ...], tmp_path: Pat
 
 # Flags of features that are not there yet.
 ABSENT = [
-    "--cache-backend tea_cache",
-    '--cache-config {"rel_l1_thresh":0.2}',
-    "--enable-cpu-offload",
-    "--enable-layerwise-offload",
-    "--layerwise-num-gpu-layers 2",
     "--quantization fp8",
-    "--lora-path here",
-    "--lora-scale 0.5",
-    "--num-weight-load-threads 4",
     "--attention-backend flash",
 ]
 
@@ -102,6 +94,13 @@ LONELY = [
     ("--hsdp-replicate-size 2", "use_hsdp=True"),
     ("--enable-expert-parallel", "raise tensor_parallel_size"),
     ("--ulysses-mode advanced_uaa", "leave the mode out"),
+    ("--enable-cpu-offload --enable-layerwise-offload", "choose one of them"),
+    ("--layerwise-num-gpu-layers 2", "acts with enable_layerwise_offload=True only"),
+    ("--num-weight-load-threads 4 --disable-multithread-weight-load", "leave one out"),
+    ("--enable-cpu-offload --use-hsdp --cfg-parallel-size 2", "leave it off with enable_cpu_offload"),
+    ('--cache-config {"rel_l1_thresh":0.2}', "set cache_backend"),
+    ("--lora-scale 0.5", "lora_scale acts with lora_path only"),
+    ("--lora-path here", "is no file, no folder and no hub id"),
 ]
 
 

@@ -18,6 +18,8 @@ SCRIPTS = Path(__file__).parent.parent / "examples" / "offline_inference"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.checkpoint("qwen_image", tmp_path_factory.mktemp("checkpoints"))
 
+OFFLOADS = ("--enable-cpu-offload", "--enable-layerwise-offload")
+
 
 def _run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
@@ -38,8 +40,9 @@ def test_text_to_image(model: Path, tmp_path: Path) -> None:
             assert image.size == (64, 64)
 
 
-def test_text_to_image_refuses_what_is_not_there(model: Path, tmp_path: Path) -> None:
-    done = _run("text_to_image/text_to_image.py", "--model", model, "--enable-cpu-offload", cwd=tmp_path)
+def test_text_to_image_refuses_what_cannot_go_together(model: Path, tmp_path: Path) -> None:
+    done = _run("text_to_image/text_to_image.py", "--model", model, *OFFLOADS, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "Error: enable_cpu_offload is not available in this version; leave it off.\n"
+    assert done.stderr.startswith("Error: enable_cpu_offload moves whole components and enable_layerwise_offload ")
+    assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -45,12 +45,12 @@ VALUES: dict[str, Any] = {
     "timesteps": [9.0, 1.0], "num_outputs_per_prompt": 2, "guidance_scale": 2.0, "guidance_scale_2": 2.0,
     "true_cfg_scale": 2.0, "guidance_rescale": 0.5, "cfg_normalize": True, "strength": 0.5, "boundary_ratio": 0.5,
     "flow_shift": 2.0, "max_sequence_length": 9, "resolution": 640, "layers": 2, "output_type": "pt",
-    "latents": torch.ones(1), "pil_image": Image.new("RGB", (8, 8)), "lora_request": object(), "lora_scale": 0.5,
+    "latents": torch.ones(1), "pil_image": Image.new("RGB", (8, 8)), 
     "enable_frame_interpolation": True, "frame_interpolation_exp": 1, "frame_interpolation_scale": 1.0,
     "frame_interpolation_model_path": "p",
 }  # fmt: skip
 # These mean the same for every pipeline.
-ALWAYS = {"seed", "generator", "extra_args", "return_trajectory_latents"}
+ALWAYS = {"seed", "generator", "extra_args", "return_trajectory_latents", "lora_request", "lora_scale"}
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Params) if f.name not in ALWAYS])

@@ -15,7 +15,7 @@ ROOT = Path(denoised.__file__).parent
 # From the ground up: a room imports rooms below its own, and its own.
 FLOORS = (
     ("__init__",),
-    ("request", "outputs", "config", "rules", "errors", "env", "checks"),
+    ("request", "lora_request", "outputs", "config", "rules", "errors", "env", "checks"),
     ("hf",),
     ("spec",),
     ("steps", "attention"),

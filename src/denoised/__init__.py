@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from denoised.config import DiffusionParallelConfig
+    from denoised.lora_request import LoRARequest
     from denoised.models.cfg_parallel import CFGParallelMixin
     from denoised.outputs import OmniRequestOutput
     from denoised.request import OmniDiffusionSamplingParams
@@ -21,6 +22,7 @@ _HOMES = {
     "AsyncOmni": "denoised.runtime.omni",
     "CFGParallelMixin": "denoised.models.cfg_parallel",
     "DiffusionParallelConfig": "denoised.config",
+    "LoRARequest": "denoised.lora_request",
     "Omni": "denoised.runtime.omni",
     "OmniDiffusionSamplingParams": "denoised.request",
     "OmniRequestOutput": "denoised.outputs",
@@ -30,6 +32,7 @@ __all__ = [
     "AsyncOmni",
     "CFGParallelMixin",
     "DiffusionParallelConfig",
+    "LoRARequest",
     "Omni",
     "OmniDiffusionSamplingParams",
     "OmniRequestOutput",

@@ -66,7 +66,7 @@ def _problem(value: Any, allowed: tuple[type, ...] | None, metadata: Any) -> str
     choices = metadata.get("choices")
     if choices and value not in choices:
         return f"must be one of {', '.join(choices)}"
-    if isinstance(value, list):
+    if isinstance(value, list) and allowed is not None:
         return _bad_numbers(value)
     return _out_of_range(value, metadata.get("minimum"), metadata.get("maximum"))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from denoised.checks import bounded, check_fields
 from denoised.errors import InvalidConfigError, InvalidRequestError
+from denoised.lora_request import MAX_SCALE
 from denoised.request import OmniDiffusionSamplingParams
 
 # More than any machine has: a product of degrees beyond it is a slip, and nobody should start so many processes.
@@ -129,18 +130,35 @@ class EngineConfig:
     vae_use_slicing: bool = bounded(False, help="decode one image of a batch at a time")
     vae_use_tiling: bool = bounded(False, help="decode in tiles")
     enforce_eager: bool = bounded(False, help="never compile; blocks are not compiled yet, so this holds already")
-    cache_backend: str | None = bounded(None, help="tea_cache or cache_dit")
-    cache_config: dict[str, Any] | None = bounded(None, help="settings of the cache backend")
+    cache_backend: str | None = bounded(
+        None, help="skip blocks of similar steps: tea_cache, cache_dit, mag_cache or first_block_cache"
+    )
+    cache_config: dict[str, Any] | None = bounded(None, help="settings of the cache backend, docs/caches.md")
     quantization: Any = bounded(None, help="fp8, int8 or gguf")
-    enable_cpu_offload: bool = bounded(False, help="keep components on the CPU while they wait")
-    enable_layerwise_offload: bool = bounded(False, help="keep blocks on the CPU while they wait")
-    layerwise_num_gpu_layers: int = bounded(1, minimum=1, help="blocks kept on the GPU")
+    enable_cpu_offload: bool = bounded(
+        False, help="keep components off the device while they wait; on CPU: in their files"
+    )
+    enable_layerwise_offload: bool = bounded(
+        False, help="keep blocks off the device while they wait; on CPU: in their files"
+    )
+    layerwise_num_gpu_layers: int = bounded(1, minimum=1, help="blocks on the device, beside the one that is fetched")
     attention_backend: str | None = bounded(None, help="attention kernel by name")
-    lora_path: str | None = bounded(None, help="adapter that is active from the start")
-    lora_scale: float = bounded(1.0, help="strength of that adapter")
-    num_weight_load_threads: int | None = bounded(None, minimum=1, help="threads that read weight files")
-    enable_multithread_weight_load: bool | None = bounded(None, help="read weight files side by side")
+    lora_path: str | None = bounded(None, help="LoRA that is active from the start: safetensors, folder or hub id")
+    lora_scale: float = bounded(1.0, minimum=-MAX_SCALE, maximum=MAX_SCALE, help="strength of that LoRA")
+    max_loras: int = bounded(16, minimum=1, help="LoRAs of requests in memory; those unused for longest make room")
+    max_lora_mb: int | None = bounded(None, minimum=1, help="memory for LoRAs of requests; default: any")
+    num_weight_load_threads: int | None = bounded(
+        None, minimum=1, maximum=256, help="threads that read weight files; default: 4 on GPU, on CPU files are mapped"
+    )
+    enable_multithread_weight_load: bool | None = bounded(
+        None, help="read weight files side by side, before the first request"
+    )
     default_sampling_params: dict[str, Any] = bounded({}, help="sampling parameters for requests that leave them out")
+
+    @property
+    def caches(self) -> bool:
+        """Whether a cache is asked for."""
+        return self.cache_backend not in (None, "none")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,3 +208,27 @@ def _plan_entries(module: str, what: Any) -> list[PlanEntry]:
         return [PlanEntry(module=module, item=None, dim=g.gather_dim, num_dims=g.expected_dims) for g in gathers]
     splits = [(item, s) for item, one in what.items() for s in (one if isinstance(one, list | tuple) else [one])]
     return [PlanEntry(module=module, item=item, dim=s.split_dim, num_dims=s.expected_dims) for item, s in splits]
+
+
+def converted_lora(pipeline: Any, tensors: Mapping[str, Any]) -> dict[str, Any] | None:
+    """An adapter's tensors under names of the pipeline's components and layers, by the loader of its class.
+
+    What loaders give differs by class: tensors alone, or with the strengths of layers beside them.
+    None: the class has no loader. Raises whatever names that it does not know make it raise.
+    """
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    load = getattr(type(pipeline), "lora_state_dict", None)
+    if load is None:
+        return None
+    takes = inspect.signature(load).parameters
+    more = {"return_alphas": True} if "return_alphas" in takes else {}
+    unet = components(pipeline).get("unet")
+    given = load(dict(tensors), **more, **({"unet_config": unet.config} if unet is not None else {}))
+    found, strengths = given[:2] if isinstance(given, tuple) else (given, None)
+    named: dict[str, Any] = convert_unet_state_dict_to_peft(found)
+    return named | {_strength_key(name): value for name, value in (strengths or {}).items()}
+
+
+def _strength_key(name: str) -> str:
+    return name if name.endswith(".alpha") else f"{name}.alpha"

@@ -29,8 +29,9 @@ class Receipt:
     """What really ran for one request. Counted where it happened, never derived from the settings.
 
     `notes` are the pipeline's own warnings, such as a setting that it did not use. Of `steps`, those up to
-    `resumed_from_step` were not computed again: they came from a checkpoint. `queued_seconds`: from submission until the
-    ranks began.
+    `resumed_from_step` were not computed again: they came from a checkpoint. `queued_seconds`: from submission until
+    the ranks began. `loras`: name, scale and number of layers of each adapter that acted. `cache`: the steps
+    that a cache computed and skipped, in all and by row (`runtime/cache_report.py`).
     """
 
     model: str
@@ -51,7 +52,10 @@ class Receipt:
     queued_seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: float = 0.0
+    stage_peak_memory_mb: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    cache: dict[str, Any] | None = None
+    loras: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def line(self) -> str:
@@ -60,6 +64,7 @@ class Receipt:
         stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stage_seconds.items())
         extra = f", {self.rows_joined} rows joined" if self.rows_joined else ""
         extra += f", {self.encoder_cache_hits} encoder cache hits" if self.encoder_cache_hits else ""
+        extra += f", {_skipped(self.cache)} row steps skipped" if self.cache else ""
         extra += f", {self.restarts} restarts" if self.restarts else ""
         extra += f", resumed from step {self.resumed_from_step}" if self.resumed_from_step else ""
         return (
@@ -69,6 +74,10 @@ class Receipt:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _skipped(cache: dict[str, Any]) -> str:
+    return f"{cache['skipped']} of {cache['computed'] + cache['skipped']}"
 
 
 ErrorKind = Literal["invalid_request", "aborted", "timeout", "queue_full", "out_of_memory", "engine"]

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypedDict, cast
 
 from denoised.checks import bounded, check_fields, unknown_names
 from denoised.errors import InvalidRequestError
+from denoised.lora_request import MAX_SCALE, Lora, as_lora_requests
 
 
 class MultiModalData(TypedDict, total=False):
@@ -87,8 +88,10 @@ class OmniDiffusionSamplingParams:
     latents: Any = bounded(None, help="own start noise")
     pil_image: Any = bounded(None, help="input image; the same as multi_modal_data.image of the prompt")
     return_trajectory_latents: bool = bounded(False, help="also return the latents after every step")
-    lora_request: Any = bounded(None, help="adapter of this request")
-    lora_scale: float | None = bounded(None, help="strength of that adapter")
+    lora_request: Any = bounded(None, help="adapter of this request, or several: LoRARequest, name, path or dict")
+    lora_scale: float | None = bounded(
+        None, minimum=-MAX_SCALE, maximum=MAX_SCALE, help="strength of lora_request's adapters; default 1"
+    )
     enable_frame_interpolation: bool = bounded(False, help="insert frames after decoding")
     frame_interpolation_exp: int | None = bounded(None, minimum=1, help="2**exp times as many frames")
     frame_interpolation_scale: float | None = bounded(None, minimum=0, help="scale of the flow estimate")
@@ -102,12 +105,13 @@ class OmniDiffusionSamplingParams:
             raise InvalidRequestError(f"seed={self.seed} and generator are both given; give one of them.")
         self._refuse_two_schedules()
         self._refuse_absent_features()
+        as_lora_requests(self.lora_request)
         own = {f.name: self.extra_args[f.name] for f in fields(self) if f.name in self.extra_args}
         if own:
             type(self)(**own)  # the same bounds hold, wherever a parameter is written
 
     def _refuse_absent_features(self) -> None:
-        names = (f.name for f in fields(self) if f.name.startswith(("lora_", "frame_interpolation_")))
+        names = (f.name for f in fields(self) if f.name.startswith("frame_interpolation_"))
         for name in ("enable_frame_interpolation", *names):
             if getattr(self, name) not in (None, False):
                 raise InvalidRequestError(f"{name} is not available in this version; leave it out.")
@@ -189,7 +193,8 @@ class Service:
 class Request:
     """One prompt with its parameters, as it travels to the ranks.
 
-    `resume` is a checkpoint of the same request; `came` is when it was submitted, in Unix seconds.
+    `resume` is a checkpoint of the same request; `came` is when it was submitted, in Unix seconds;
+    `loras` are the adapters that `params.lora_request` asks for, with their files.
     """
 
     request_id: str
@@ -200,6 +205,7 @@ class Request:
     service: Service = Service()
     resume: Any = None
     came: float = 0.0
+    loras: tuple[Lora, ...] = ()
 
 
 def as_prompt(prompt: Any) -> PromptDict:

@@ -130,17 +130,51 @@ RULES: tuple[Rule, ...] = (
         message="hsdp_shard_size x hsdp_replicate_size must be the ranks that hold equal weights "
         "(cfg_parallel_size x ring_degree x ulysses_degree); leave hsdp_shard_size at -1, or make them agree.",
     ),
-    _absent("cache_backend", (None, "none"), "leave it out."),
-    _absent("cache_config", (None, {}), "leave it out."),
+    Rule(
+        broken=lambda c: bool(c.cache_config) and not c.caches,
+        message="cache_config acts with a cache_backend only; set cache_backend, or leave it out.",
+    ),
+    Rule(
+        broken=lambda c: c.caches and c.parallel_config.pipeline_parallel_size > 1,
+        message="cache_backend cannot go with pipeline_parallel_size, whose stages hand on each other's blocks in one "
+        "fixed order; use cfg_parallel_size, ulysses_degree, ring_degree or tensor_parallel_size with it.",
+    ),
+    Rule(
+        broken=lambda c: c.caches and c.parallel_config.use_hsdp and c.parallel_config.cfg_parallel_size > 1,
+        message="cache_backend cannot go with use_hsdp=True and cfg_parallel_size together: ranks would gather "
+        "weights for rows that skip different blocks; leave cfg_parallel_size at 1, or use_hsdp off.",
+    ),
     _absent("quantization", (None,), "leave it out."),
-    _absent("enable_cpu_offload", (False,), "leave it off."),
-    _absent("enable_layerwise_offload", (False,), "leave it off."),
-    _absent("layerwise_num_gpu_layers", (1,), "leave it out."),
+    Rule(
+        broken=lambda c: c.enable_cpu_offload and c.enable_layerwise_offload,
+        message="enable_cpu_offload moves whole components and enable_layerwise_offload their blocks; choose one of "
+        "them: blocks need less memory, components less time.",
+    ),
+    Rule(
+        broken=lambda c: c.parallel_config.use_hsdp and (c.enable_cpu_offload or c.enable_layerwise_offload),
+        message="use_hsdp=True shards weights over ranks and gathers them in each forward, so they cannot be away "
+        "too; leave it off with enable_cpu_offload and enable_layerwise_offload, or raise tensor_parallel_size.",
+    ),
+    Rule(
+        broken=lambda c: c.layerwise_num_gpu_layers != 1 and not c.enable_layerwise_offload,
+        message="layerwise_num_gpu_layers acts with enable_layerwise_offload=True only; set it, or leave it out.",
+    ),
     _absent("attention_backend", (None,), "leave it out."),
-    _absent("lora_path", (None,), "fuse the adapter into the checkpoint."),
-    _absent("lora_scale", (1.0,), "leave it out."),
-    _absent("num_weight_load_threads", (None,), "leave it out."),
-    _absent("enable_multithread_weight_load", (None, False), "leave it out."),
+    Rule(
+        broken=lambda c: c.lora_scale != 1.0 and c.lora_path is None,
+        message="lora_scale acts with lora_path only; give that, or leave it out.",
+    ),
+    Rule(
+        broken=lambda c: c.num_weight_load_threads is not None and c.enable_multithread_weight_load is False,
+        message="num_weight_load_threads cannot go with enable_multithread_weight_load=False; leave one out.",
+    ),
+    Rule(
+        broken=lambda c: (
+            not isinstance(c.model, str | Path) and bool(c.num_weight_load_threads or c.enable_multithread_weight_load)
+        ),
+        message="num_weight_load_threads and enable_multithread_weight_load act on files, and a pipeline object has "
+        "none to read; leave them out.",
+    ),
 )
 
 

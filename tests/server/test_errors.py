@@ -56,7 +56,9 @@ TABLE: list[tuple[str, Any, int, str | None, str]] = [
     (IMAGES, ASK | {"sigmas": [1.0], "timesteps": [1.0]}, 400, "sigmas", "both given"),
     (IMAGES, ASK | {"timeout": 0}, 400, "timeout", "more than 0"),
     (IMAGES, ASK | {"priority": 1}, 400, "priority", "at most 0 here"),
-    (IMAGES, ASK | {"lora_scale": 1.0}, 400, "lora_scale", "not available in this version"),
+    (IMAGES, ASK | {"lora_scale": 1.0}, 400, "lora_scale", "no lora_request for it to act on"),
+    (IMAGES, ASK | {"lora": {"lora_path": "/etc/passwd"}}, 400, "lora_path", "in no folder that this server reads"),
+    (IMAGES, ASK | {"extra_args": {"lora_request": "/x"}}, 400, "extra_args", "give it as lora_request"),
     (IMAGES, ASK | {"latents": [0]}, 400, "latents", "cannot be given over HTTP"),
     (IMAGES, ASK | {"extra_args": {"nope": 1}}, 400, "extra_args", "not known"),
     (IMAGES, ASK | {"extra_args": {"image": "/etc/passwd"}}, 400, "extra_args", "must not name a file"),
@@ -71,7 +73,9 @@ TABLE: list[tuple[str, Any, int, str | None, str]] = [
     ("/v1/videos", ASK, 400, "model", "makes images"),
     ("/v1/videos/sync", ASK, 400, "model", "makes images"),
     ("/v1/audio/generate", {"input": "x"}, 400, "model", "makes images"),
-    ("/v1/load_lora_adapter", {}, 404, None, "no route"),
+    ("/v1/load_lora_adapter", {}, 400, "lora_name", "lora_name is missing"),
+    ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "/etc"}, 400, "lora_path", "in no folder"),
+    ("/v1/unload_lora_adapter", {"lora_name": "a"}, 404, "lora_name", "no adapter is loaded under it"),
 ]
 
 

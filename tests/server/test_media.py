@@ -230,5 +230,8 @@ def test_sound(sound: Live) -> None:
     assert made(audio_length=4.0)[2] == samples
     assert len(made(extra_args={"audio_end_in_s": 6.0})[2]) == 6 * 64 * 2 * 2
     assert made(audio_length=4.0, seed=2)[2] != samples
+    too_long = sound.http.post("/v1/audio/generate", json={"input": "rain", "audio_length": 1000})
+    assert too_long.status_code == 400, "which the pipeline says itself"
+    assert "longer than" in too_long.json()["error"]["message"]
     for body in ({"response_format": "mp3"}, {"audio_length": 0}, {"voice": "x"}, {"num_outputs_per_prompt": 2}):
         assert sound.http.post("/v1/audio/generate", json={"input": "rain", **body}).status_code == 400

@@ -29,7 +29,10 @@ OPERATIONS = (
     *("POST /v1/images/generations", "POST /v1/images/edits", "POST /v1/chat/completions", "POST /v1/videos"),
     *("POST /v1/videos/sync", "POST /v1/audio/generate", "GET /v1/videos", "GET /v1/videos/{video_id}"),
     *("GET /v1/videos/{video_id}/content", "DELETE /v1/videos/{video_id}", "GET /v1/models", "GET /health"),
-    *("GET /v1/models/{model}", "GET /metrics"),
+    *("GET /v1/models/{model}", "GET /metrics", "GET /v1/videos/{video_id}/events"),
+    *("POST /v1/images/drafts", "GET /v1/images/drafts", "DELETE /v1/images/drafts/{draft_id}"),
+    *("POST /v1/images/drafts/{draft_id}/continue", "GET /v1/playground"),
+    *("POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter"),
 )
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 # Nobody waits longer for an answer.

@@ -5,19 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import re
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 from PIL import Image
@@ -235,67 +228,3 @@ def test_a_webhook_that_would_not_be_called_is_refused(server: Live) -> None:
         answer = server.http.post(route, json={"prompt": "p", **body})
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == "webhook"
-
-
-class Killable:
-    """`denoised serve` as a process."""
-
-    def __init__(self, place: Path) -> None:
-        self.port = free_port()
-        command = [sys.executable, "-m", "denoised.cli", "serve", folder("wan22_t2v"), "--port", str(self.port)]
-        command += ["--num-threads", "1", "--jobs-folder", str(place), "--job-checkpoint-every", "5"]
-        # Rows that share a forward round otherwise: bytes are those of a run alone only if none do.
-        command += ["--default-sampling-params", json.dumps(DEFAULTS), "--skip-warm-up", "--deterministic"]
-        self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert self.popen.stdout is not None
-        line = self.popen.stdout.readline()
-        assert re.search(" serves ", line), line
-        self.http = httpx2.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
-
-    def job(self, job_id: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.http.get(f"/v1/videos/{job_id}").json()
-        return found
-
-    def kill(self) -> None:
-        self.popen.send_signal(signal.SIGKILL)
-        self.popen.communicate()
-        self.http.close()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def waits(condition: Any, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_jobs_go_on_from_their_last_checkpoint_after_the_server_was_killed(tmp_path: Path) -> None:
-    first = Killable(tmp_path)
-    try:
-        body = {"prompt": "a bird", "num_inference_steps": 400}
-        ids = [first.http.post("/v1/videos", json=body | {"seed": seed}).json()["id"] for seed in (7, 8)]
-        unseeded = first.http.post("/v1/videos", json={"prompt": "a cat"}, headers={"Idempotency-Key": "k"}).json()
-        waits(lambda: all(first.job(i)["step"] >= 20 for i in ids))
-    finally:
-        first.kill()
-    second = Killable(tmp_path)
-    try:
-        waits(lambda: all(second.job(i)["status"] == "completed" for i in [*ids, unseeded["id"]]))
-        jobs = [second.job(i) for i in ids]
-        for found in jobs:
-            assert 20 <= found["receipt"]["resumed_from_step"] < 400
-            assert found["receipt"]["ranks"][0]["forwards"] < 400
-        videos = [second.http.get(f"/v1/videos/{i}/content").content for i in ids]
-        fresh = [second.http.post("/v1/videos/sync", json=body | {"seed": seed}).content for seed in (7, 8)]
-        assert videos == fresh, "the bytes of an undisturbed run"
-        again = second.http.post("/v1/videos", json={"prompt": "a cat"}, headers={"Idempotency-Key": "k"}).json()
-        assert again["id"] == unseeded["id"]
-        assert not list((tmp_path / "checkpoints").iterdir())
-    finally:
-        second.kill()

@@ -10,6 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 from denoised import __version__
+from denoised.cli.bench import bench
+from denoised.cli.calibrate import calibrate
 from denoised.cli.generate import generate
 from denoised.cli.models import models
 from denoised.cli.plan import plan
@@ -71,6 +73,8 @@ app = typer.Typer(
         "help_option_names": ["-h", "--help"],
     },
 )
+app.command()(bench)
+app.command()(calibrate)
 app.command()(generate)
 app.command()(models)
 app.command()(plan)

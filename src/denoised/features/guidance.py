@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from denoised.errors import EngineError, one_line
 from denoised.steps import rows
 from denoised.steps.dealing import Placement, group
-from denoised.steps.forward import Call
+from denoised.steps.forward import Call, Decision
 from denoised.steps.rows import Piece, RowRules
 from denoised.steps.tally import count, counted
 from denoised.steps.wire import Parcel, Wire
@@ -29,7 +29,10 @@ CHANGED = (
 
 @dataclass(kw_only=True)
 class Work:
-    """What this rank did for one request: counted where forwards run. `counts` are those of `steps.tally`."""
+    """What this rank did for one request: counted where forwards run. `counts` are those of `steps.tally`.
+
+    decisions: what features decided for its rows, in order, each with its denoiser and branch.
+    """
 
     forwards: int = 0
     rows: int = 0
@@ -37,6 +40,7 @@ class Work:
     seconds: float = 0.0
     idle_seconds: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
+    decisions: list[tuple[str, int, Decision]] = field(default_factory=list)
 
 
 class Stages(Protocol):
@@ -222,6 +226,10 @@ class Guidance:
             work.seconds += seconds * own / total
             work.idle_seconds += idle * own / total
             work.counts.update(counts)
+        for call in dict.fromkeys(piece.call for piece in pieces):
+            decided = [(call.target.name, call.branch, decision) for decision in call.decisions]
+            self.work_of(call.task_id).decisions += decided
+            call.decisions.clear()
 
     # Rules that nobody declared are tried out once per denoiser before the engine relies on them.
 

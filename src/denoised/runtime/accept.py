@@ -9,6 +9,7 @@ from denoised.config import EngineConfig
 from denoised.errors import InvalidRequestError
 from denoised.request import OmniDiffusionSamplingParams, Request, Service, as_prompt
 from denoised.runtime import cost, model_info, room
+from denoised.runtime.adapters import Names, check_scale_has_adapter
 from denoised.runtime.kept import check_service
 
 
@@ -19,12 +20,14 @@ def accept(
     service: Service,
     info: model_info.ModelInfo,
     config: EngineConfig,
+    loras: Names,
 ) -> Request:
     """The request, with the model's defaults and a seed in it.
 
     Raises:
-        InvalidRequestError: the model cannot run it, or it can never fit into memory.
+        InvalidRequestError: the model cannot run it, or it can never fit into memory, or an adapter is not there.
     """
+    check_scale_has_adapter(params, info.defaults)
     prompt, params = info.complete(as_prompt(prompt), params)
     model_info.check(prompt, params, info, config)
     if info.footprint is not None:
@@ -35,9 +38,10 @@ def accept(
     if params.generator is not None:
         seed, state = _randomness(params.generator)
         params = params.without_generator()
-    return Request(
+    request = Request(
         request_id=request_id, prompt=prompt, params=params, seed=seed, generator_state=state, service=service
     )
+    return loras.complete(request)
 
 
 def _randomness(generator: Any) -> tuple[int, Any]:

@@ -41,3 +41,12 @@ def one_each(params: Any, count: int) -> Sequence[SamplingParams | None]:
             f"sampling_params has {len(params)} entries for {count} prompts; give one, or one each."
         )
     return list(params)
+
+
+def shows_nothing(request: Request) -> Request:
+    """Previews would be drawn, and nobody would see them."""
+    if request.service.num_previews:
+        raise InvalidRequestError(
+            f"num_previews={request.service.num_previews}: Omni gives outputs alone; use AsyncOmni, or 0."
+        )
+    return request

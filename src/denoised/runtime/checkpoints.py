@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -77,8 +77,9 @@ class Saver:
         UnpackableError: an input of the request has no form in which it could be kept.
     """
 
-    def __init__(self, request: Request, *, model: str) -> None:
+    def __init__(self, request: Request, *, model: str, loras: Sequence[Any] = ()) -> None:
         self._request, self._model, self._digest = request, model, digest(request)
+        self._loras = list(loras)
 
     def save(self, past: Past) -> Checkpoint:
         """A checkpoint in CPU memory."""
@@ -87,6 +88,7 @@ class Saver:
             "version": VERSION,
             "model": self._model,
             "digest": self._digest,
+            "loras": self._loras,
             "seed": self._request.seed,
             "step": past.iteration,
             "skeleton": packed.skeleton,
@@ -94,16 +96,21 @@ class Saver:
         return Checkpoint(meta=meta, tensors=[tensor.to("cpu", copy=True).contiguous() for tensor in packed.tensors])
 
 
-def open_past(checkpoint: Any, request: Request, *, model: str) -> Past:
-    """The past that a checkpoint of this request holds.
+def open_past(checkpoint: Any, request: Request, *, model: str, loras: Sequence[Any] = ()) -> Past:
+    """The past that a checkpoint of this request holds. `loras`: content and scale of each adapter that acts.
 
     Raises:
-        InvalidRequestError: it is of another model, or of another request, or damaged.
+        InvalidRequestError: it is of another model, or of other adapters, or of another request, or damaged.
     """
     found = _opened(checkpoint)
     meta = checkpoint.meta
     if meta["model"] != model:
         raise InvalidRequestError("resume: the checkpoint is of another model; load the model that it was made with.")
+    if [list(each) for each in meta.get("loras", ())] != [list(each) for each in loras]:
+        raise InvalidRequestError(
+            "resume: the checkpoint was made with other adapters; give the same files and scales as lora_request and "
+            "lora_path."
+        )
     if meta["digest"] != digest(request):
         raise InvalidRequestError(
             "resume: the checkpoint is of another request; send the same prompt, parameters and seed, or leave it out."
@@ -154,12 +161,13 @@ def _told(request: Request) -> dict[str, Any]:
 
 
 def digest(request: Request) -> str:
-    """Equal for requests with equal results.
+    """Equal for requests with equal results, but for their adapters, which are told apart by their content.
 
     Raises:
         UnpackableError: an input has no form in which it could be told from others.
     """
-    packed = pack(_told(request), copy=False)
+    told = _told(request)
+    packed = pack(told | {"params": {**told["params"], "lora_request": None}}, copy=False)
     found = hashlib.blake2b(json.dumps(packed.skeleton).encode(), digest_size=16)
     for tensor in packed.tensors:
         found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -21,8 +21,9 @@ from denoised.runtime import ship
 from denoised.runtime.desk import Desk
 from denoised.runtime.failures import refused
 from denoised.runtime.kept import Kept
+from denoised.runtime.lora_orders import Orders
 from denoised.runtime.pending import Listener, Pending, Stop, too_late, took
-from denoised.runtime.protocol import Command, Event, Failed, Profiled, Ticked
+from denoised.runtime.protocol import Command, Event, Failed, LoraDone, Profiled, Ticked
 from denoised.runtime.replicas import Answers, Replicas
 from denoised.runtime.scheduler import Scheduler
 
@@ -49,6 +50,7 @@ class Clerk:
         self._kept = Kept()
         self._broken: str | None = None
         self._traces: Answers | None = None
+        self._lora_orders = Orders()
         self.restarts = 0
         try:
             self.info = self._replicas.start()
@@ -171,6 +173,8 @@ class Clerk:
             self._tell(self._pending[event.request_id], event)
         elif isinstance(event, Profiled) and self._traces is not None and self._traces.missing:
             self._traces.add(replica, event.paths)
+        elif isinstance(event, LoraDone):
+            self._lora_orders.heard(replica, event, keeps=self._replicas.torchrun is not None)
         elif isinstance(event, Profiled):
             self._unclaimed_traces.append(event.paths)
 
@@ -194,6 +198,7 @@ class Clerk:
         self._scheduler.pause(replica)
         if self._traces is not None:
             self._traces.add(replica, [])
+        self._lora_orders.gone(replica)
         for request_id in again:
             self._pending[request_id].restarts += 1
         for request_id in given_up:
@@ -244,6 +249,8 @@ class Clerk:
         self._broken = reason
         for request_id in list(self._pending):
             self._fail(request_id, EngineError(reason))
+        for replica in range(len(self._replicas.crews)):
+            self._lora_orders.gone(replica)
         if self._traces is not None:
             for replica in self._traces.missing:
                 self._traces.add(replica, [])

@@ -14,13 +14,22 @@ import threading
 import time
 
 from denoised.config import EngineConfig
-from denoised.errors import EngineError, QueueFullError, RequestAbortedError
+from denoised.errors import (
+    EngineError,
+    InvalidConfigError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestAbortedError,
+)
+from denoised.lora_request import Lora, LoRARequest
 from denoised.request import Request
 from denoised.rules import validate
+from denoised.runtime.adapters import Names, locate, resolve
 from denoised.runtime.clerk import Clerk
 from denoised.runtime.failures import refused
+from denoised.runtime.lora_orders import Ask
 from denoised.runtime.pending import Listener
-from denoised.runtime.protocol import Command, Profiled
+from denoised.runtime.protocol import Command, LoraDone, Profiled
 from denoised.runtime.replicas import Answers
 from denoised.runtime.stats import Stats
 from denoised.runtime.torchrun import torchrun_rank
@@ -35,6 +44,8 @@ class Client(Clerk):
     def __init__(self, config: EngineConfig) -> None:
         validate(config, num_devices=_num_devices(config))
         self._door, self._closed = threading.Lock(), False
+        self.loras = Names()
+        _check_lora(config)
         super().__init__(config)
         self._thread.start()
         # Before the interpreter takes its threads away in the middle of a forward.
@@ -79,6 +90,42 @@ class Client(Clerk):
 
     def _stats(self) -> Stats:
         return self._desk.stats([] if self._broken else self._scheduler.open_replicas)
+
+    def load_lora(self, lora: LoRARequest) -> None:
+        """Have an adapter in every replica's memory, known by its name from here on.
+
+        Raises:
+            InvalidRequestError: it cannot be read, or does not fit the model.
+            EngineError: no ranks are there.
+        """
+        found = resolve(lora)
+        self._order(Command(load_lora=found))
+        self.loras.add(dataclasses.replace(lora, lora_path=found.path))
+
+    def unload_lora(self, name: str) -> None:
+        """Forget a name; memory is free when the requests that use it have ended. Raises as `load_lora`."""
+        known = self.loras.remove(name)
+        found = Lora(name=name, path=known.lora_path, stamp=(0, 0), component=known.component)
+        self._order(Command(unload_lora=found))
+
+    def _order(self, command: Command) -> None:
+        ask = Ask()
+
+        def done(problems: list[str]) -> None:
+            ask.done(problems)
+            self._replicas.echo(LoraDone(problem=next((p for p in problems if p), "")))
+
+        def make() -> None:
+            replicas = [] if self._broken else list(self._scheduler.open_replicas)
+            self._lora_orders.make(done, replicas)
+            for replica in replicas:
+                self._replicas.crews[replica].send(command)
+
+        with self._door:
+            if self._closed:
+                raise EngineError("the engine is closed.")
+            self._inbox.put(make)
+        ask.wait()
 
     def start_profile(self) -> None:
         """Every rank starts a trace."""
@@ -129,6 +176,15 @@ class Client(Clerk):
             self._thread.join(timeout=60)
             if self._thread.is_alive():
                 self._shut()
+
+
+def _check_lora(config: EngineConfig) -> None:
+    """A start-up adapter that is not there, before ranks are started. Raises InvalidConfigError."""
+    if config.lora_path is not None and config.distributed_executor_backend != "ray":
+        try:
+            locate(config.lora_path)
+        except InvalidRequestError as error:
+            raise InvalidConfigError(str(error)) from error
 
 
 def _num_devices(config: EngineConfig) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from denoised.outputs import OmniRequestOutput
+from denoised.runtime.protocol import Ticked
 from denoised.runtime.stats import Spread, Work
 
 SPREADS = ("time_to_free", "admission_wait", "request_seconds", "eta_error")
@@ -16,10 +17,12 @@ class ReplicaMeter:
     def __init__(self) -> None:
         self._before, self._now = Work(), Work()
         self.restarts = 0
-        self.memory_mb = 0.0
+        self.memory_mb = self.lora_mb = 0.0
+        self.loras = 0
 
-    def heard(self, work: Work, memory_mb: float) -> None:
-        self._now, self.memory_mb = work, memory_mb
+    def heard(self, word: Ticked) -> None:
+        self._now, self.memory_mb = word.work, word.memory_mb
+        self.loras, self.lora_mb = word.loras, word.lora_mb
 
     def restarted(self) -> None:
         self.restarts += 1

@@ -4,9 +4,12 @@ Features are applied innermost first. Those that this version has:
 
     expert     1  experts dealt whole, and marked so that tensor leaves them alone
     tensor     1  plain local shards; all later features see ordinary Linears
+    lora       3  stand-ins for layers' forwards, which add what a request brings; its part follows from the layer's
     pipeline   5  blocks of other stages: forward replaced, weights dropped, module kept in place
     shard      6  decides where weights live: FSDP2 per block
-               -  what is still needed of the weights is read from the files, unless `shard` has, block by block
+    offload    6  or on the device only while they are needed; its gates stand inside of what pipeline makes of blocks
+               -  what is still needed of the weights is read from the files, unless one of these two reads them
+    cache      7  may skip a range of blocks; the decision is agreed across ranks, its state is the request's
     sequence   8  split at the plan's inputs, gather at its outputs, exchange inside attention; silence is an error
     guidance   9  deals rows to the cfg axis, joins rows of requests
     trap      10  outermost: a task stops here
@@ -27,10 +30,14 @@ from torch import nn
 from denoised import hf
 from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidConfigError
-from denoised.features import expert, hsdp, pipeline, sequence, tensor, vae_patch
+from denoised.features import cache, expert, hsdp, pipeline, sequence, tensor, vae_patch
 from denoised.features.guidance import Guidance, Stages
-from denoised.runtime import weights
+from denoised.features.lora import Sites
+from denoised.features.offload import Offload
+from denoised.runtime import calibrations, weights
+from denoised.runtime.load import num_load_threads
 from denoised.runtime.mesh import Mesh
+from denoised.runtime.offloading import offload_of
 from denoised.spec.model_spec import ModelSpec
 from denoised.steps.rows import RowRules
 from denoised.steps.trap import install, targets_of
@@ -38,16 +45,22 @@ from denoised.steps.trap import install, targets_of
 MAX_JOINED_ROWS = 16
 
 
-def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None) -> Guidance:
+def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None, sites: Sites | None = None) -> Guidance:
     """Wrap a pristine pipeline's components in place; gives what runs its denoiser calls. `mesh`: None for one rank.
+
+    sites: where adapters may act, surveyed before; stand-ins go there, inside of all later places.
 
     Raises:
         InvalidConfigError: a feature is asked for that cannot act on this model.
     """
     stages: dict[str, Stages] = {}
+    _check_cache(pipe, spec, config)
+    offload = offload_of(pipe, spec, config)
     if mesh is not None:
-        stages = _divide(pipe, spec, config.parallel_config, mesh)
-        _place(pipe, spec, config.parallel_config, mesh)
+        stages = _divide(pipe, spec, config.parallel_config, mesh, offload)
+    if sites is not None:
+        sites.prepare()
+    _place(pipe, spec, config, mesh, offload)
     rules = row_rules(spec)
     guidance = Guidance(
         rules=lambda call: rules,
@@ -63,7 +76,9 @@ def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None) -
     return guidance
 
 
-def _divide(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh) -> dict[str, Stages]:
+def _divide(
+    pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh, offload: Offload | None
+) -> dict[str, Stages]:
     """All that needs no weight's value, and all that can be refused: nothing has been read when this returns.
 
     Gives the stages of denoisers that are cut into some.
@@ -71,7 +86,7 @@ def _divide(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh:
     _check_denoisers(spec, parallel)
     stages: dict[str, Stages] = {}
     for name in spec.denoisers:
-        stages |= _cut_denoiser(name, getattr(pipe, name), spec, parallel, mesh)
+        stages |= _cut_denoiser(name, getattr(pipe, name), spec, parallel, mesh, offload)
     _cut_encoders(pipe, spec, parallel, mesh)
     if parallel.vae_patch_parallel_size > 1:
         vae_patch.apply(_vae(pipe, spec), mesh.neighbours(parallel.vae_patch_parallel_size))
@@ -79,13 +94,20 @@ def _divide(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh:
 
 
 def _cut_denoiser(
-    name: str, model: nn.Module, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh
+    name: str,
+    model: nn.Module,
+    spec: ModelSpec,
+    parallel: DiffusionParallelConfig,
+    mesh: Mesh,
+    offload: Offload | None,
 ) -> dict[str, Stages]:
     stages: dict[str, Stages] = {}
     if parallel.enable_expert_parallel:
         expert.apply(model, spec, tensor=mesh.group("tensor"), sequence=mesh.span("ring", "ulysses"))
     if mesh.axes["tensor"] > 1:
         tensor.apply(model, spec, mesh.group("tensor"))
+    if offload is not None:
+        offload.gate(model)
     if mesh.axes["pipeline"] > 1:
         # Ranks gather weights in one order, which rows that take turns would not keep.
         rounds = 1 if parallel.use_hsdp else pipeline.MAX_ROUNDS
@@ -110,23 +132,53 @@ def _cut_encoders(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig,
             hsdp.check(encoder, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size))
 
 
-def _place(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh) -> None:
+def _place(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None, offload: Offload | None) -> None:
     """Read the weights that this rank keeps, and what goes on top of them."""
-    denoisers = [getattr(pipe, name) for name in spec.denoisers]
-    if parallel.use_hsdp:
+    parallel, denoisers = config.parallel_config, [getattr(pipe, name) for name in spec.denoisers]
+    if parallel.use_hsdp and mesh is not None:
         shards = mesh.equal_weights(num_copies=parallel.hsdp_replicate_size)
         for model in denoisers:
             hsdp.apply(model, spec, shards, weights.fill)
         for _, encoder in text_encoders(pipe):
             hsdp.apply(encoder, None, shards, weights.fill)
-    for part in modules(pipe):
-        weights.fill(part)
+    if offload is None:
+        first = mesh is None or mesh.rank == 0
+        weights.fill_all(modules(pipe), threads=num_load_threads(config, _device(pipe)), progress=first)
+    else:
+        offload.place(list(dict.fromkeys(modules(pipe))), denoisers)
+    if config.caches:
+        _cache(denoisers, spec, config, mesh)
+    if mesh is not None:
+        for model in denoisers:
+            sequence.apply(model, spec, **_sequence_groups(mesh), mode=parallel.ulysses_mode)
+
+
+def _check_cache(pipe: Any, spec: ModelSpec, config: EngineConfig) -> None:
+    if config.caches and not spec.denoisers:
+        raise InvalidConfigError(
+            f"cache_backend={config.cache_backend!r}: {spec.pipeline} has no component named transformer for it to "
+            "act on; leave it out."
+        )
+    for name in spec.denoisers if config.caches else ():
+        found = calibrations.beside(config.model)
+        cache.check(getattr(pipe, name), spec, str(config.cache_backend), config.cache_config, calibration=found)
+
+
+def _cache(denoisers: list[nn.Module], spec: ModelSpec, config: EngineConfig, mesh: Mesh | None) -> None:
+    """Ranks with parts of a sequence or of the weights share each forward, and must skip the same blocks of it."""
+    group = mesh.span("ring", "ulysses", "tensor") if mesh is not None else None
+    found = calibrations.beside(config.model)
     for model in denoisers:
-        sequence.apply(model, spec, **_sequence_groups(mesh), mode=parallel.ulysses_mode)
+        backend = str(config.cache_backend)
+        cache.apply(model, spec, backend, config.cache_config, group=group, calibration=found)
 
 
 def _sequence_groups(mesh: Mesh) -> dict[str, Any]:
     return {"ring": mesh.group("ring"), "ulysses": mesh.group("ulysses")}
+
+
+def _device(pipe: Any) -> str:
+    return next((p.device.type for part in modules(pipe) for p in part.parameters()), "cpu")
 
 
 def _vae(pipe: Any, spec: ModelSpec) -> nn.Module:

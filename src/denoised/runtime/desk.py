@@ -145,7 +145,7 @@ class Desk:
 
     def ticked(self, replica: int, word: Ticked) -> None:
         self._pulses[replica].expected = word.expected
-        self._replicas[replica].heard(word.work, word.memory_mb)
+        self._replicas[replica].heard(word)
         for request_id, step in word.costs.items():
             if (note := self._notes.get(request_id)) is not None:
                 self.times.learn_step(note.cost.per_step, step)
@@ -251,6 +251,8 @@ class Desk:
                 seconds_left=sum(job.left_alone for job in map(self._job, lane)),
                 restarts_total=meter.restarts,
                 memory_mb=meter.memory_mb,
+                loras=meter.loras,
+                lora_mb=meter.lora_mb,
                 work=meter.work,
             )
             for number, (lane, meter) in enumerate(zip(lanes, self._replicas, strict=True))

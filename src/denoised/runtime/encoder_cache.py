@@ -37,7 +37,7 @@ class EncoderCache:
         if call.ambient.grad and not call.ambient.inference:  # an output with a history cannot be copied
             return None
         digest = hashlib.blake2b(f"{call.target.name}.{call.target.method}".encode(), digest_size=20)
-        digest.update(repr(call.ambient).encode())
+        digest.update(repr((call.ambient, call.adapters)).encode())
         try:
             for part in _content(call.named_arguments()):
                 digest.update(part)

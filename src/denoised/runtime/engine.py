@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from denoised.errors import RequestAbortedError
+from denoised.errors import InvalidRequestError, RequestAbortedError
 from denoised.features.guidance import Guidance, Outcome, Work
+from denoised.lora_request import Lora
 from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
 from denoised.request import Request
 from denoised.runtime import previews
@@ -23,21 +24,23 @@ from denoised.runtime.agreement import Agreement
 from denoised.runtime.dispatch import Dispatch
 from denoised.runtime.encoder_cache import EncoderCache
 from denoised.runtime.flights import Runway
+from denoised.runtime.memory import HighWater
 from denoised.runtime.meter import RankMeter
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.profile import RankProfiler, stage
-from denoised.runtime.protocol import Command, Profiled, Ticked
+from denoised.runtime.protocol import Command, LoraDone, Profiled, Ticked
 from denoised.runtime.results import CallError, InFlight, failed, output
 from denoised.runtime.whole_calls import WholeCalls
 from denoised.steps.forward import Call, Stage
 from denoised.steps.wire import Wire
 
-EngineEvent = Progress | Preview | Saved | OmniRequestOutput | Profiled | Ticked
+EngineEvent = Progress | Preview | Saved | OmniRequestOutput | Profiled | LoraDone | Ticked
 
 
 class Engine:
     """Runs requests on one pipeline. `wire` is None where there is one rank.
 
+    advised: a failed request's output with what to change.
     entangled: component calls hold collectives, so that a rank that fails in one may leave others waiting in it.
     """
 
@@ -52,11 +55,12 @@ class Engine:
         axes: dict[str, int],
         dispatch: Dispatch,
         entangled: bool = False,
+        advised: Callable[[OmniRequestOutput, Request], OmniRequestOutput] = lambda output, request: output,
     ) -> None:
         self._runway, self._info, self._axes = runway, info, axes
         self._guidance, self._wire = guidance, wire
         self._agreement = Agreement(wire, entangled=entangled)
-        self._dispatch = dispatch
+        self._dispatch, self._advised = dispatch, advised
         self._meter = RankMeter(dispatch, wire.size if wire is not None else 1)
         self._whole_calls = WholeCalls(cache, guidance, self._meter, info)
         self._in_flight: dict[str, InFlight] = {}
@@ -78,7 +82,7 @@ class Engine:
         began = time.perf_counter()
         values, errors = self._whole_calls.run(atomic, self._in_flight)
         started = time.perf_counter()
-        with stage("denoise"):
+        with stage("denoise"), HighWater() as high:
             outcome = self._guidance.run(denoise)
         busy = time.perf_counter() - began if calls else 0.0
         with stage("agree"):
@@ -86,7 +90,7 @@ class Engine:
         self._finish()
         with stage("exchange"):
             values |= self._guidance.finish(denoise, outcome, self._wire)
-        self._charge(denoise, time.perf_counter() - started)
+        self._charge(denoise, time.perf_counter() - started, high.mb)
         self._resolve(calls, values, errors, outcome)
         with stage("advance"):
             self._advance(chosen)
@@ -97,15 +101,18 @@ class Engine:
         self._dispatch.choose(self._in_flight.values())
         if calls:
             self._meter.tick(time.perf_counter() - began, everyone_busy)
+        self._meter.loras = self._runway.adapters.num_loaded
+        self._meter.lora_mb = self._runway.adapters.num_bytes / 2**20
         self._events += self._meter.word(idle=self.idle)
         events, self._events = self._events, []
         return events
 
     # ---- running
 
-    def _charge(self, calls: list[Call], seconds: float) -> None:
+    def _charge(self, calls: list[Call], seconds: float, peak_mb: float) -> None:
         for task_id in {call.task_id for call in calls}:
             self._in_flight[task_id].seconds[Stage.DENOISE] += seconds
+            self._in_flight[task_id].rose_to(Stage.DENOISE, peak_mb)
         self._meter.stage(Stage.DENOISE, seconds if calls else 0.0)
 
     def _resolve(self, calls: list[Call], values: dict[Call, Any], errors: dict[int, str], outcome: Outcome) -> None:
@@ -173,6 +180,18 @@ class Engine:
             self._profiler.start()
         elif order.stop_profile is not None:
             self._write_profile(order.stop_profile)
+        elif order.load_lora is not None:
+            self._change_loras(self._runway.adapters.load, order.load_lora)
+        elif order.unload_lora is not None:
+            self._change_loras(self._runway.adapters.unload, order.unload_lora)
+
+    def _change_loras(self, change: Callable[[Lora], None], lora: Lora) -> None:
+        self._meter.noted()
+        try:
+            change(lora)
+            self._events.append(LoraDone())
+        except InvalidRequestError as error:
+            self._events.append(LoraDone(problem=str(error)))
 
     def _write_profile(self, folder: str) -> None:
         path = self._profiler.stop(folder, self._wire.rank if self._wire is not None else 0)
@@ -203,6 +222,7 @@ class Engine:
     def _release(self, request_id: str) -> Work:
         if self._wire is not None:
             self._wire.forget(request_id)
+        self._runway.adapters.release(request_id)
         return self._guidance.release(request_id)
 
     # ---- results
@@ -237,7 +257,7 @@ class Engine:
 
     def _result(self, flight: InFlight, work: list[Work]) -> OmniRequestOutput:
         if flight.task.error is not None:
-            return failed(flight.request, flight.task.error)
+            return self._advised(failed(flight.request, flight.task.error), flight.request)
         try:
             return output(flight, work, self._info, self._axes)
         except Exception as error:

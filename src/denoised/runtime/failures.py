@@ -15,7 +15,10 @@ from denoised.outputs import ErrorKind, OmniRequestOutput
 from denoised.request import Request
 
 # torch's words, on CUDA and on the CPU; the last is Python's own.
-_OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "not enough memory", "can't allocate memory", "MemoryError")
+_OUT_OF_MEMORY = (
+    *("OutOfMemoryError", "out of memory", "not enough memory", "can't allocate memory", "MemoryError"),
+    "Cannot allocate memory",  # the system's, of a file that could not be mapped
+)
 _BY_CLASS: dict[type[Exception], ErrorKind] = {
     InvalidRequestError: "invalid_request",
     RequestAbortedError: "aborted",
@@ -31,6 +34,8 @@ def kind_of(error: Exception) -> ErrorKind:
     for cls, kind in _BY_CLASS.items():
         if isinstance(error, cls):
             return kind
+    if type(error) is ValueError:  # how pipelines refuse what they are given; what a component raises is a CallError
+        return "invalid_request"
     return kind_of_text(f"{type(error).__name__}: {error}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from denoised import hf
 from denoised.errors import one_line
+from denoised.features.lora import Adapters
 from denoised.outputs import Saved
 from denoised.request import Request
 from denoised.runtime import checkpoints, previews, program
@@ -21,13 +22,23 @@ from denoised.steps.trap import StepObserver
 
 
 class Runway:
-    """Starts tasks on one pipeline. `fingerprint`: of the model, for checkpoints; `sees_all`: as in `Journal`."""
+    """Starts tasks on one pipeline. `fingerprint`: of the model, for checkpoints; `sees_all`: as in `Journal`.
+
+    caches: denoisers remember steps, which checkpoints do not hold, so that a request goes on from its start.
+    """
 
     def __init__(
-        self, pipeline: Any, spec: ModelSpec, info: ModelInfo, fingerprint: str, sees_all: bool = True
+        self,
+        pipeline: Any,
+        spec: ModelSpec,
+        info: ModelInfo,
+        fingerprint: str,
+        adapters: Adapters,
+        sees_all: bool = True,
+        caches: bool = False,
     ) -> None:
         self._pipeline, self._spec, self._info, self._fingerprint = pipeline, spec, info, fingerprint
-        self._sees_all = sees_all
+        self._sees_all, self.adapters, self._caches = sees_all, adapters, caches
         self._device = hf.execution_device(pipeline)
         self._arities: dict[str, Any] = {}
 
@@ -35,12 +46,20 @@ class Runway:
         """A request, from its checkpoint if it has one.
 
         Raises:
-            InvalidRequestError: the checkpoint is not of this request, or of another model.
+            InvalidRequestError: the checkpoint is not of this request, or of another model; an adapter cannot be had.
         """
+        self.adapters.take(request.request_id, request.loras)
+        try:
+            return self._request(request)
+        except BaseException:
+            self.adapters.release(request.request_id)
+            raise
+
+    def _request(self, request: Request) -> InFlight:
         replay = None
         if request.resume is not None:
-            past = checkpoints.open_past(request.resume, request, model=self._fingerprint)
-            replay = Replay(past, device=self._device)
+            past = checkpoints.open_past(request.resume, request, model=self._fingerprint, loras=self._loras(request))
+            replay = Replay(past, device=self._device) if not self._caches else None
         service = request.service
         observer = StepObserver() if request.params.return_trajectory_latents else None
         journal = None
@@ -56,6 +75,8 @@ class Runway:
         flight.resumed_from = flight.told = replay.past.iteration if replay is not None else 0
         if service.num_previews:
             flight.memory = previews.Memory()
+        if request.resume is not None and self._caches:
+            flight.task.note("resume: computed from the start, for what a cache keeps of steps is not in checkpoints.")
         return flight
 
     def again(self, flight: InFlight) -> InFlight:
@@ -95,7 +116,9 @@ class Runway:
 
     def _checkpoint(self, flight: InFlight, past: Past) -> Saved:
         if flight.saver is None:
-            flight.saver = checkpoints.Saver(flight.request, model=self._fingerprint)
+            flight.saver = checkpoints.Saver(
+                flight.request, model=self._fingerprint, loras=self._loras(flight.request)
+            )
         return Saved(request_id=flight.request.request_id, step=past.iteration, checkpoint=flight.saver.save(past))
 
     def _flight(self, request: Request, journal: Journal | None, observer: StepObserver | None) -> InFlight:
@@ -116,8 +139,13 @@ class Runway:
             arities=self._arities,
             defer=self._spec.defer,
             journal=journal,
+            adapters=self.adapters.active(request.loras),
         )
+        flight.loras = self.adapters.told(request.loras)
         return flight
+
+    def _loras(self, request: Request) -> list[list[Any]]:
+        return self.adapters.fingerprint(request.loras)
 
 
 def _is_saved(flight: InFlight) -> bool:

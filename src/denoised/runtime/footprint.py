@@ -17,6 +17,7 @@ from denoised.runtime.planning.facts import ModelFacts
 from denoised.runtime.planning.layout import of_config
 from denoised.runtime.planning.memory import memory
 from denoised.runtime.planning.reading import facts_of
+from denoised.runtime.rescue import resident_weights
 from denoised.runtime.room import MB, Footprint
 
 _log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def _footprint(facts: ModelFacts, info: ModelInfo, config: EngineConfig, limit: 
     decoding = memory(layout, dataclasses.replace(facts, num_rows=0)).working
     return Footprint(
         limit=limit,
-        weights=sum(single.weights.values()),
+        weights=resident_weights(single, facts, config),
         row=max(0.0, single.working - per_token * tokens),
         row_per_token=per_token,
         decode_per_token=decoding / tokens,

@@ -168,7 +168,7 @@ class Host:
         except EngineError:
             _kill(pids)
             raise
-        return ForkedRanks(pids=pids, channels=channels, deliver=deliver)
+        return ForkedRanks(pids=pids, channels=channels, deliver=deliver, store=Path(rendezvous[len("file://") :]))
 
     def close(self) -> None:
         """End the host, and with it all its ranks."""
@@ -214,10 +214,13 @@ def shared_host() -> Host:
 
 
 class ForkedRanks:
-    """Ranks in processes of this node, each with a reader thread here."""
+    """Ranks in processes of this node, each with a reader thread here. `store`: where they met, a file that those
+    leave which are killed."""
 
-    def __init__(self, *, pids: list[int], channels: dict[int, PickleChannel], deliver: Deliver) -> None:
-        self.pids, self._channels, self._deliver = pids, channels, deliver
+    def __init__(
+        self, *, pids: list[int], channels: dict[int, PickleChannel], deliver: Deliver, store: Path | None = None
+    ) -> None:
+        self.pids, self._channels, self._deliver, self._store = pids, channels, deliver, store
         self._threads = [
             threading.Thread(target=self._read, args=(rank,), name=f"rank-{rank}-events", daemon=True)
             for rank in channels
@@ -245,6 +248,8 @@ class ForkedRanks:
         if not any(thread.is_alive() for thread in self._threads):  # never under a reader's feet
             for channel in self._channels.values():
                 channel.close()
+            if self._store is not None:
+                self._store.unlink(missing_ok=True)
 
 
 def _kill(pids: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ checkpoint is one clear sentence before any rank starts. Weights are safetensors
 
 from __future__ import annotations
 
+import inspect
 import json
 import struct
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from typing import Any
 
 from denoised import hf
 from denoised.config import EngineConfig
-from denoised.errors import ModelError, one_line
+from denoised.errors import InvalidConfigError, ModelError, one_line
 
 BUILTIN = {"shapes": Path(__file__).parent.parent / "models" / "shapes"}
 # How the names of component classes end that have a configuration and no weights.
@@ -101,6 +102,25 @@ def read_header(path: Path) -> dict[str, Any]:
     return {name: entry for name, entry in header.items() if name != "__metadata__"}
 
 
+# Threads that read weights where a copy has to be made of them.
+LOAD_THREADS = 4
+
+
+def num_load_threads(config: EngineConfig, device: str) -> int:
+    """Threads that read weights before the first request; 0: one by one, and on the CPU files are mapped, and read
+    when a forward gets there."""
+    if config.enable_multithread_weight_load is False:
+        return 0
+    asked = config.enable_multithread_weight_load or device != "cpu"
+    return config.num_weight_load_threads or (LOAD_THREADS if asked else 0)
+
+
+def reads_late(config: EngineConfig, device: str) -> bool:
+    """Whether one rank leaves weights in their files at first: to read them side by side, or as they are needed."""
+    offload = config.enable_cpu_offload or config.enable_layerwise_offload
+    return offload or num_load_threads(config, device) > 0
+
+
 def default_sampling_params(model: Any) -> dict[str, Any]:
     """Sampling parameters that a built-in model was trained for."""
     return BUILTIN_DEFAULTS.get(model, {}) if isinstance(model, str) else {}
@@ -170,7 +190,7 @@ def _check_complete(pipeline: Any, folder: Path) -> None:
     for name, component in pipeline.components.items():
         if isinstance(component, ModelMixin):
             found = {key for file in (folder / name).glob("*.safetensors") for key in read_header(file)}
-            missing = [key for key in component.state_dict() if key not in found]
+            missing = [key for key in component.state_dict(keep_vars=True) if key not in found]
             if found and missing:
                 raise ModelError(
                     f"{folder / name} lacks the weight {missing[0]} ({len(missing)} in all); download it again."
@@ -189,11 +209,24 @@ def _configured(pipeline: Any, config: EngineConfig) -> Any:
     if config.flow_shift is not None:
         _refuse_unless("flow_shift" in branching_config(pipeline), "flow_shift", pipeline)
         set_flow_shift(pipeline.scheduler, config.flow_shift)
-    for setting, method in (("vae_use_slicing", "enable_slicing"), ("vae_use_tiling", "enable_tiling")):
+    for setting, flag in (("vae_use_slicing", "use_slicing"), ("vae_use_tiling", "use_tiling")):
         if getattr(config, setting):
-            _refuse_unless(hasattr(getattr(pipeline, "vae", None), method), setting, pipeline)
-            getattr(pipeline.vae, method)()
+            vae = getattr(pipeline, "vae", None)
+            if not (hasattr(vae, flag) and _asks_itself(vae, flag)):
+                raise InvalidConfigError(
+                    f"{setting}=True: the VAE of {type(pipeline).__name__} ({type(vae).__name__}) cannot do that; "
+                    "leave it out."
+                )
+            setattr(vae, flag, True)
     return pipeline
+
+
+def _asks_itself(vae: Any, flag: str) -> bool:
+    """Whether a method that computes looks at the flag: some classes have it and never ask."""
+    switches = ("__init__", "enable_tiling", "disable_tiling", "enable_slicing", "disable_slicing")
+    methods = [(name, method) for cls in type(vae).__mro__ for name, method in vars(cls).items()]
+    codes = [inspect.unwrap(m).__code__ for name, m in methods if inspect.isfunction(m) and name not in switches]
+    return any(flag in code.co_names for code in codes)
 
 
 def _refuse_unless(possible: bool, setting: str, pipeline: Any) -> None:

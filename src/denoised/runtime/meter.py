@@ -22,20 +22,26 @@ class RankMeter:
     def __init__(self, dispatch: Dispatch, world_size: int) -> None:
         self._dispatch, self._told, self._news = dispatch, 0.0, False
         self.counts: Counter[str] = Counter()
-        self._seconds = 0.0
+        self._seconds, self._longest = 0.0, 0.0
         self._stages: dict[str, float] = {}
         self._busy = [0.0] * world_size
+        self.loras, self.lora_mb = 0, 0.0
 
     def tick(self, seconds: float, busy: Sequence[float]) -> None:
         """A tick that had work."""
         self._news = True
         self.counts["ticks_total"] += 1
         self._seconds += seconds
+        self._longest = max(self._longest, seconds)
         self._busy = [sum(pair) for pair in zip(self._busy, busy, strict=True)]
         self._dispatch.measured(seconds, max(busy))
 
     def stage(self, name: str, seconds: float) -> None:
         self._stages[str(name)] = self._stages.get(str(name), 0.0) + seconds
+
+    def noted(self) -> None:
+        """Something changed that the client should hear of, even if nothing runs."""
+        self._news = True
 
     def rows(self, work: Sequence[guidance.Work]) -> None:
         """What the ranks did for a request that is over."""
@@ -51,13 +57,23 @@ class RankMeter:
         self._told, self._news = now, False
         expected = turn.seconds if turn.known else None
         costs, used = self._dispatch.costs(), memory.now_mb()
-        return [Ticked(work=self._snapshot(), costs=costs, expected=expected, memory_mb=used)]
+        return [
+            Ticked(
+                work=self._snapshot(),
+                costs=costs,
+                expected=expected,
+                memory_mb=used,
+                loras=self.loras,
+                lora_mb=self.lora_mb,
+            )
+        ]
 
     def _snapshot(self) -> Work:
         return Work(
             **self.counts,
             waits_total=self._dispatch.num_waits,
             tick_seconds_total=self._seconds,
+            longest_tick=self._longest,
             stage_seconds_total=dict(self._stages),
             busy_seconds_total=tuple(self._busy),
         )

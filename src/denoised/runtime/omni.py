@@ -18,11 +18,12 @@ from typing import Any
 from denoised.checks import unknown_names
 from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidRequestError
+from denoised.lora_request import LoRARequest
 from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
 from denoised.request import OmniDiffusionSamplingParams, Prompt, Request, Service
 from denoised.runtime import model_info
 from denoised.runtime.accept import accept
-from denoised.runtime.asking import Ask, in_order, one_each, rejected
+from denoised.runtime.asking import Ask, in_order, one_each, rejected, shows_nothing
 from denoised.runtime.client import Client
 from denoised.runtime.kept import check_service
 from denoised.runtime.stats import Stats
@@ -88,6 +89,11 @@ class _Frontend:
         """Write a Chrome trace of each rank into `folder`, with the engine's stages named; the files."""
         return self._client.stop_profile(os.path.abspath(folder))
 
+    @property
+    def loras(self) -> list[str]:
+        """Names of the adapters that were loaded."""
+        return list(self._client.loras)
+
     def close(self) -> None:
         """Stop the engine; requests without an output fail."""
         self._client.close()
@@ -102,14 +108,16 @@ class _Frontend:
     def _request(
         self, request_id: str, prompt: Any, params: SamplingParams | None, service: Service = _SERVICE
     ) -> Request:
-        return accept(request_id, prompt, params or SamplingParams(), service, self.info, self.config)
+        return accept(
+            request_id, prompt, params or SamplingParams(), service, self.info, self.config, self._client.loras
+        )
 
     def _resumed(self, request_id: str, checkpoint: Any, service: Service) -> Request:
         """The request that a checkpoint is of, as it stood when it was accepted."""
         from denoised.runtime import checkpoints
 
         check_service(service, self.info)
-        return checkpoints.request_of(checkpoint, request_id, service)
+        return self._client.loras.complete(checkpoints.request_of(checkpoint, request_id, service))
 
 
 def _close_aside(client: Client) -> None:
@@ -168,6 +176,14 @@ class Omni(_Frontend):
         finished = self._run(asks, use_tqdm)
         return finished if py_generator else in_order(ids, finished)
 
+    def load_lora(self, lora: LoRARequest) -> None:
+        """Read an adapter, in place of one of its name, for requests that name it. Raises InvalidRequestError."""
+        self._client.load_lora(lora)
+
+    def unload_lora(self, name: str) -> None:
+        """Forget it; what runs with it goes on. Raises InvalidRequestError."""
+        self._client.unload_lora(name)
+
     def resume(
         self, checkpoints: Any, *, service: Service = _SERVICE, use_tqdm: bool = True
     ) -> list[OmniRequestOutput]:
@@ -197,7 +213,7 @@ class Omni(_Frontend):
             try:
                 for ask in asks:
                     try:
-                        self._client.submit(_shows_nothing(ask.request()), inbox.put)
+                        self._client.submit(shows_nothing(ask.request()), inbox.put)
                     except InvalidRequestError as error:
                         inbox.put(rejected(ask.request_id, ask.prompt, error))
                 while missing:
@@ -209,15 +225,6 @@ class Omni(_Frontend):
             finally:
                 for request_id in missing:
                     self.abort(request_id)
-
-
-def _shows_nothing(request: Request) -> Request:
-    """Previews would be drawn, and nobody would see them."""
-    if request.service.num_previews:
-        raise InvalidRequestError(
-            f"num_previews={request.service.num_previews}: Omni gives outputs alone; use AsyncOmni, or 0."
-        )
-    return request
 
 
 class AsyncOmni(_Frontend):
@@ -263,6 +270,14 @@ class AsyncOmni(_Frontend):
         async with contextlib.aclosing(self._events(request)) as events:
             async for event in events:
                 yield event
+
+    async def load_lora(self, lora: LoRARequest) -> None:
+        """As `Omni.load_lora`."""
+        await asyncio.to_thread(self._client.load_lora, lora)
+
+    async def unload_lora(self, name: str) -> None:
+        """As `Omni.unload_lora`."""
+        await asyncio.to_thread(self._client.unload_lora, name)
 
     async def _events(self, request: Request) -> AsyncGenerator[Heard]:
         """Submit a request and hear of it until its end; leaving early aborts it."""

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from denoised.config import EngineConfig
+from denoised.lora_request import Lora
 from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
 from denoised.request import Request
 from denoised.runtime.model_info import ModelInfo
@@ -23,6 +24,8 @@ class Command:
     cancel: str | None = None
     start_profile: bool = False
     stop_profile: str | None = None
+    load_lora: Lora | None = None
+    unload_lora: Lora | None = None
     stop: bool = False
 
 
@@ -52,6 +55,13 @@ class Profiled:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraDone:
+    """All ranks have loaded or unloaded an adapter; `problem`: why they have not."""
+
+    problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepCost:
     """What a step of a request takes. `seconds[k - 1]`: of ticks that give each of k requests like it one step;
     `share`: of the ranks' time, if it is alone: what it leaves idle others can have. `kind`: those of one share
@@ -74,16 +84,18 @@ class Ticked:
     """The ranks go on. Sent a few times a second, and before a tick that may take long.
 
     work: sums since these ranks started. costs: steps of the requests in flight, by id. expected: seconds that the
-    next tick is predicted to take; None where something in it was never measured.
+    next tick is predicted to take; None where something in it was never measured. loras, lora_mb: adapters in memory.
     """
 
     work: Work
     costs: dict[str, StepCost]
     expected: float | None
     memory_mb: float
+    loras: int = 0
+    lora_mb: float = 0.0
 
 
-Event = Progress | Preview | Saved | OmniRequestOutput | Ready | Failed | Profiled | Ticked
+Event = Progress | Preview | Saved | OmniRequestOutput | Ready | Failed | Profiled | LoraDone | Ticked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from denoised.errors import InvalidRequestError, RequestAbortedError, one_line
 from denoised.features.guidance import Work
 from denoised.outputs import OmniRequestOutput, RankWork, Receipt
 from denoised.request import Request
-from denoised.runtime import memory, program
+from denoised.runtime import cache_report, memory, program
 from denoised.runtime.failures import kind_of
 from denoised.runtime.model_info import ModelInfo
 from denoised.steps.forward import Stage
@@ -32,7 +32,8 @@ class InFlight:
     """A request on this rank.
 
     told: the last iteration that was looked at for checkpoints and previews. resumed_from: the iteration that its
-    checkpoint is of. queued: seconds from its submission until it began here. A preview has a `parent`, its number, and the step that it shows.
+    checkpoint is of. queued: seconds from its submission until it began here. A preview has a `parent`, its number,
+    and the step that it shows.
     """
 
     request: Request
@@ -43,11 +44,13 @@ class InFlight:
     total_steps: int = 0
     reported: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {stage.value: 0.0 for stage in Stage})
+    peaks_mb: dict[str, float] = field(default_factory=dict)
     cache_hits: int = 0
     cache_misses: int = 0
     resumed_from: int = 0
     queued: float = 0.0
     told: int = 0
+    loras: list[dict[str, Any]] = field(default_factory=list)
     saver: Saver | None = None
     memory: Memory | None = None
     num_recalled: int = 0
@@ -63,8 +66,13 @@ class InFlight:
         failed_in_replay = self.task.error is not None and journal is not None and journal.replays
         return failed_in_replay or isinstance(self.task.error, MissingValueError)
 
+    def rose_to(self, stage: Stage, mb: float) -> None:
+        """The most memory that was in use while this stage ran."""
+        self.peaks_mb[stage.value] = max(self.peaks_mb.get(stage.value, 0.0), mb)
+
     def report(self, step: int, total: int) -> None:
         self.step, self.total_steps = step, total
+        self.task.at(step, total)
 
 
 def failed(request: Request, error: Exception) -> OmniRequestOutput:
@@ -97,6 +105,7 @@ def output(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str, 
 
 
 def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str, int]) -> Receipt:
+    cached = cache_report.report(work, axes)
     return Receipt(
         model=info.model,
         pipeline=info.pipeline,
@@ -124,8 +133,11 @@ def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str
         encoder_cache_misses=flight.cache_misses,
         stage_seconds={name: round(seconds, 6) for name, seconds in flight.seconds.items()},
         peak_memory_mb=memory.peak_mb(),
+        stage_peak_memory_mb={name: round(mb, 1) for name, mb in flight.peaks_mb.items()},
         versions=memory.versions(),
-        notes=[*flight.task.notes, *_inert(work), *_unkept(flight)],
+        cache=cached,
+        loras=flight.loras,
+        notes=[*flight.task.notes, *_inert(work), *cache_report.inert(cached), *_unkept(flight)],
     )
 
 

@@ -30,13 +30,15 @@ class Spread:
 class Work:
     """What one replica's ranks did since they were first started.
 
-    busy_seconds: by rank, spent in encoders, denoiser forwards and VAEs. tick_seconds: of all ticks that had work.
+    busy_seconds: by rank, spent in encoders, denoiser forwards and VAEs. tick_seconds: of all ticks that had work;
+    longest_tick: of one of them.
     steps: denoising steps of all requests. rows_joined: those that shared a forward with another request's.
     stage_seconds: encode, denoise, decode, on rank 0. waits: ticks in which a request in flight had to wait its turn.
     """
 
     ticks_total: int = 0
     tick_seconds_total: float = 0.0
+    longest_tick: float = 0.0
     steps_total: int = 0
     rows_total: int = 0
     rows_joined_total: int = 0
@@ -53,6 +55,7 @@ class Work:
         count = max(len(self.busy_seconds_total), len(other.busy_seconds_total))
         return Work(
             **sums,
+            longest_tick=max(self.longest_tick, other.longest_tick),
             stage_seconds_total={
                 name: self.stage_seconds_total.get(name, 0.0) + other.stage_seconds_total.get(name, 0.0)
                 for name in stages
@@ -63,7 +66,8 @@ class Work:
         )
 
 
-_ADDED = tuple(name for name in Work.__dataclass_fields__ if name not in ("stage_seconds_total", "busy_seconds_total"))
+_APART = ("stage_seconds_total", "busy_seconds_total", "longest_tick")
+_ADDED = tuple(name for name in Work.__dataclass_fields__ if name not in _APART)
 
 
 def _at(values: tuple[float, ...], place: int) -> float:
@@ -73,7 +77,7 @@ def _at(values: tuple[float, ...], place: int) -> float:
 @dataclass(frozen=True, kw_only=True)
 class ReplicaStats:
     """One replica. `ready`: its ranks are there. seconds_left: predicted, of what runs there. memory_mb: what rank 0
-    holds now, on its device if it has one."""
+    holds now, on its device if it has one. loras, lora_mb: adapters in memory, whole."""
 
     replica: int
     ready: bool
@@ -81,6 +85,8 @@ class ReplicaStats:
     seconds_left: float
     restarts_total: int
     memory_mb: float = 0.0
+    loras: int = 0
+    lora_mb: float = 0.0
     work: Work = Work()
 
 

@@ -3,40 +3,37 @@
 A pipeline of several ranks is loaded with `unread()`: the libraries' own loaders run, but what they get for a tensor
 is an `Unread`, with shape and dtype and no memory. Whatever cuts it (slices, copies of slices, zeros in its likeness)
 is noted down and not done; what drops it costs nothing. `fill()` then reads what is left, tensor by tensor, so that
-the most a rank ever holds is what it keeps and one tensor. Whoever computes with an `Unread` before gets it read,
-for that one use.
+the most a rank ever holds is what it keeps and one tensor for each thread that reads. Whoever computes with an
+`Unread` before gets it read, for that one use. On the CPU a whole tensor in the dtype of its file is not even copied:
+it is the mapped file, whose pages all ranks of a machine share.
 
-Knows safetensors files and tensors; nothing of models, ranks, or of how features cut.
+`away` and `fetch` are the same for weights that come and go later (features/offload).
+
+Knows tensors, and what stands for them; nothing of models, ranks, or of how features cut.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.utils import _pytree
+from tqdm.auto import tqdm
 
 from denoised import hf
-from denoised.errors import ModelError, one_line
+from denoised.runtime import stored
+from denoised.runtime.unread import Unread, Whole
 from denoised.steps.tally import count
 
-CACHE_LINE = 64  # bytes
-_aten = torch.ops.aten
-# What makes a tensor of the elements of others, with no arithmetic: it may be done later, and on the file's dtype.
-_MOVES = frozenset(
-    {
-        *(_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.cat.default, _aten.stack.default),
-        *(_aten.slice.Tensor, _aten.select.int, _aten.split.Tensor, _aten.split_with_sizes.default),
-        *(_aten.unbind.int, _aten.view.default, _aten._unsafe_view.default, _aten.t.default),
-        *(_aten.transpose.int, _aten.permute.default, _aten.unsqueeze.default, _aten.squeeze.dim),
-        *(_aten.expand.default, _aten.zeros_like.default, _aten.lift_fresh.default),
-    }
-)
+__all__ = ["Unread", "away", "fetch", "fill", "fill_all", "unread"]
+
+PAGE = 4096  # bytes
+BATCH = 2**24  # bytes
 
 
 def unread(device: str) -> AbstractContextManager[None]:
@@ -46,141 +43,102 @@ def unread(device: str) -> AbstractContextManager[None]:
 
 
 def fill(module: nn.Module) -> None:
-    """Read everything of a module that is still unread, into memory of its own; tied tensors stay one.
+    """Read everything of a module that is still unread; tied tensors stay one.
 
     Counts `weight_bytes_read`, in the files' dtypes.
 
     Raises:
         ModelError: a file cannot be read any more.
     """
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if isinstance(parameter, Unread):
-                part._parameters[name] = parameter.filled(parameter=True)
-        for name, buffer in part._buffers.items():
-            if isinstance(buffer, Unread):
-                part._buffers[name] = buffer.filled(parameter=False)
+    for names, name, tensor in _unread_in([module]):
+        names[name] = tensor.filled()
 
 
-class Unread(Tensor):
-    """A tensor whose elements are in files. From the start it says that it is on the device that it will be read to.
+def fill_all(modules: Iterable[nn.Module], *, threads: int, progress: bool = False) -> None:
+    """The same for all of a pipeline side by side, on so many threads. What is mapped is read too, if there are any.
 
-    likeness: shape, strides and dtype, on the meta device.
-    stored: gives the elements as they are in the files, in the files' dtype.
-    dtypes: what they are converted to, one after the other, once they are read.
-    reads: False for zeros, which take a shape alone from the files.
+    Args:
+        threads: 0: only this one, and what is mapped is read when it is used.
+        progress: show a bar of bytes, on a terminal.
+
+    Raises:
+        ModelError: a file cannot be read any more.
     """
-
-    likeness: Tensor
-    stored: Callable[[], Tensor]
-    dtypes: tuple[torch.dtype, ...]
-    reads: bool
-    _filled: Tensor | None
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls, likeness: Tensor, device: torch.device, **_: Any) -> Unread:
-        empty: Unread = torch.Tensor._make_wrapper_subclass(
-            cls, likeness.shape, strides=likeness.stride(), dtype=likeness.dtype, device=device
-        )
-        return empty
-
-    def __init__(
-        self,
-        likeness: Tensor,
-        device: torch.device,
-        *,
-        stored: Callable[[], Tensor],
-        dtypes: tuple[torch.dtype, ...] = (),
-        reads: bool = True,
-    ) -> None:
-        super().__init__()
-        self.likeness, self.stored, self.dtypes, self.reads = likeness, stored, dtypes, reads
-        self._filled = None
-
-    def read(self) -> Tensor:
-        """The elements, in memory that is all this tensor's own."""
-        found = self.stored()
-        count("weight_bytes_read", found.nbytes * self.reads)
-        for dtype in self.dtypes:
-            found = found.to(dtype)
-        return _copied(found, self.likeness, self.device)
-
-    def filled(self, *, parameter: bool) -> Tensor:
-        """What was read, the same for all who share this tensor."""
-        if self._filled is None:
-            with torch.no_grad():
-                value = self.read()
-            self._filled = nn.Parameter(value, requires_grad=self.requires_grad) if parameter else value
-        return self._filled
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Unread({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _MOVES and not kwargs.keys() & {"dtype", "device", "layout"}:
-            tensors = [leaf for leaf in _pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
-            own = [leaf for leaf in tensors if isinstance(leaf, Unread)]
-            if len(own) == len(tensors) and len({leaf.dtypes for leaf in own}) == 1:
-                return _moved(func, own[0], args, kwargs)
-        if func is _aten._to_copy.default and "memory_format" not in kwargs:
-            return _converted(args[0], **kwargs)
-        _check_kept(func, args)
-        return func(*_pytree.tree_map_only(Unread, Unread.read, args), **kwargs)
+    places = list(_unread_in(modules))
+    if threads:
+        _read_side_by_side({id(tensor): tensor for _, _, tensor in places}.values(), threads, progress)
+    for names, name, tensor in places:
+        names[name] = tensor.filled()
 
 
-def _copied(found: Tensor, likeness: Tensor, device: torch.device) -> Tensor:
-    """A copy at `found`'s place within a cache line: CPU kernels round by it, and a pipeline that is loaded plainly
-    computes on the mapped files themselves."""
-    if device.type != "cpu":
-        return torch.empty_like(likeness, device=device).copy_(found)
-    size = found.element_size()
-    room = torch.empty(found.numel() + CACHE_LINE // size, dtype=found.dtype)
-    start = (found.data_ptr() - room.data_ptr()) % CACHE_LINE // size
-    return room.as_strided(likeness.shape, likeness.stride(), start).copy_(found)
+def _read_side_by_side(tensors: Iterable[Unread], threads: int, progress: bool) -> None:
+    waiting = [tensor for tensor in tensors if not tensor.is_filled]
+    total = sum(tensor.likeness.nbytes for tensor in waiting)
+    with (
+        stored.whole_files({tensor.stored.path for tensor in waiting if isinstance(tensor.stored, Whole)}),
+        ThreadPoolExecutor(threads, thread_name_prefix="weights") as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=None if progress else True) as bar,
+    ):
+        batches = list(_batches(waiting))
+        for batch, values in zip(batches, pool.map(_fully_read, batches), strict=True):
+            for tensor, (value, num_bytes) in zip(batch, values, strict=True):
+                count("weight_bytes_read", num_bytes)
+                tensor.keep(value)
+            bar.update(sum(value.nbytes for value, _ in values))
 
 
-def _moved(func: Any, first: Unread, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The tensors that a move gives, or the one tensor, to be moved when they are read."""
-
-    def run(what: Callable[[Unread], Tensor]) -> Any:
-        return func(*_pytree.tree_map_only(Unread, what, args), **kwargs)
-
-    def later(likeness: Tensor, index: int | None) -> Unread:
-        def stored() -> Tensor:
-            found = run(lambda leaf: leaf.stored())
-            return found if index is None else found[index]  # type: ignore[no-any-return]
-
-        reads = first.reads and func is not _aten.zeros_like.default
-        return Unread(likeness, first.device, stored=stored, dtypes=first.dtypes, reads=reads)
-
-    likenesses = run(lambda leaf: leaf.likeness)
-    if isinstance(likenesses, Tensor):
-        return later(likenesses, None)
-    return [later(likeness, index) for index, likeness in enumerate(likenesses)]
+def _batches(tensors: list[Unread]) -> Iterator[list[Unread]]:
+    """Neighbours, a batch as large as is worth handing from thread to thread."""
+    batch: list[Unread] = []
+    for tensor in tensors:
+        batch.append(tensor)
+        if sum(t.likeness.nbytes for t in batch) >= BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
-def _converted(
-    tensor: Unread, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: Any
-) -> Tensor:
-    """In another dtype, once it is read. The loaders put all on the CPU first: only its last place counts."""
-    likeness = tensor.likeness if dtype is None else tensor.likeness.to(dtype)
-    if device is not None and torch.device(device).type == "meta":
-        return likeness
-    dtypes = tensor.dtypes if dtype is None else (*tensor.dtypes, dtype)
-    return Unread(likeness, tensor.device, stored=tensor.stored, dtypes=dtypes, reads=tensor.reads)
+def _fully_read(batch: list[Unread]) -> list[tuple[Tensor, int]]:
+    for tensor in batch:
+        tensor.announce()
+    with torch.no_grad():
+        found = [tensor.found() for tensor in batch]
+    for value, _ in found:
+        touch(value)
+    return found
 
 
-def _check_kept(func: Any, args: Any) -> None:
-    """Writing into a tensor that is read for one use would write nowhere."""
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        assert not (written and isinstance(value, Unread)), f"{func} writes to a weight that is not read yet"
+def touch(tensor: Tensor) -> None:
+    """Have all pages of a mapped file read, by looking at one byte of each."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
+        tensor.detach().view(-1).view(torch.uint8)[::PAGE].max()
+
+
+def _unread_in(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Unread]]:
+    for part in (part for module in modules for part in module.modules()):
+        for names in (part._parameters, part._buffers):
+            for name, tensor in list(names.items()):
+                if isinstance(tensor, Unread):
+                    yield names, name, tensor
+
+
+def away(tensor: Tensor) -> Unread | None:
+    """What stands for a tensor while it is not on its device: on the CPU what is in a file, on an accelerator a copy
+    in pinned memory. None: it is on the CPU, and in no file."""
+    if tensor.device.type == "cpu":
+        return tensor if isinstance(tensor, Unread) and not tensor.is_filled else None
+    likeness = tensor.likeness if isinstance(tensor, Unread) else torch.empty_like(tensor, device="meta")
+    pinned = torch.empty_like(likeness, device="cpu", pin_memory=True)
+    with torch.no_grad():
+        pinned.copy_(tensor.host() if isinstance(tensor, Unread) else tensor)
+    return Unread(likeness, tensor.device, stored=lambda: pinned)
+
+
+def fetch(tensor: Tensor) -> Tensor:
+    """What `away` stood for, on its device. A copy from pinned memory may still be on its way, on this stream."""
+    assert isinstance(tensor, Unread)
+    return tensor.found()[0]
 
 
 class _File:
@@ -188,7 +146,7 @@ class _File:
 
     def __init__(self, path: Any, *_: Any, device: torch.device, **__: Any) -> None:
         self._path, self._device = path, device
-        self._file: Any = safe_open(path, framework="pt")
+        self._file: Any = safe_open(path, framework="np")  # for what is said about tensors; they are mapped by us
 
     def __enter__(self) -> _File:
         return self
@@ -200,8 +158,9 @@ class _File:
         return getattr(self._file, name)
 
     def get_tensor(self, name: str) -> Unread:
-        likeness = self._file.get_tensor(name).to("meta")  # a view of the mapped file: nothing is read
-        return Unread(likeness, self._device, stored=lambda: _stored(self._path, name))
+        entry = stored.entries(self._path)[name]
+        likeness = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        return Unread(likeness, self._device, stored=_whole(self._path, name))
 
     def get_slice(self, name: str) -> _Slice:
         return _Slice(self, name, self._file.get_slice(name))
@@ -226,11 +185,11 @@ def _load_file(opened: Callable[[Any], _File], path: Any, *_: Any, **__: Any) ->
         return {name: file.get_tensor(name) for name in list(file.keys())}  # noqa: SIM118
 
 
+def _whole(path: Any, name: str) -> Whole:
+    announce = functools.partial(stored.announce, path, name)
+    return Whole(path=path, read=functools.partial(_stored, path, name), announce=announce)
+
+
 def _stored(path: Any, name: str) -> Tensor:
-    """A view of the mapped file, opened for this tensor alone: pages that were looked at are given back with it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-    except Exception as error:
-        raise ModelError(f"{path} can no longer be read for {name}: {one_line(error)}.") from error
+    """A view of the mapped file. All reading of weights comes through here."""
+    return stored.mapped(path, name)

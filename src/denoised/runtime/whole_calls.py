@@ -10,6 +10,7 @@ from denoised.errors import one_line
 from denoised.features.guidance import Guidance
 from denoised.runtime import finite, previews
 from denoised.runtime.encoder_cache import EncoderCache
+from denoised.runtime.memory import HighWater
 from denoised.runtime.meter import RankMeter
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.profile import stage
@@ -31,9 +32,11 @@ class WholeCalls:
             flight = in_flight[call.task_id]
             started = time.perf_counter()
             try:
-                with stage(f"{call.target.stage}: {call.target.name}.{call.target.method}"), counted() as counts:
+                name = f"{call.target.stage}: {call.target.name}.{call.target.method}"
+                with stage(name), counted() as counts, HighWater() as high:
                     values[call] = self._recalled(call, flight)
                 self._guidance.work_of(call.task_id).counts.update(counts)
+                flight.rose_to(call.target.stage, high.mb)
             except Exception as error:
                 errors[position] = one_line(error)
             seconds = time.perf_counter() - started

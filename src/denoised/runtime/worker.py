@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import faulthandler
+import functools
 import importlib
 import signal
 import sys
@@ -23,11 +24,15 @@ import torch.distributed as dist
 
 from denoised import env, hf
 from denoised.config import EngineConfig
-from denoised.errors import DenoisedError, InvalidConfigError, one_line
-from denoised.runtime import checkpoints, denoiser, footprint, load, model_info
+from denoised.errors import DenoisedError, InvalidConfigError, InvalidRequestError, one_line
+from denoised.features import lora
+from denoised.lora_request import LoRARequest
+from denoised.runtime import adapters as files
+from denoised.runtime import checkpoints, denoiser, footprint, load, model_info, rescue
 from denoised.runtime.dispatch import Dispatch
 from denoised.runtime.encoder_cache import EncoderCache
 from denoised.runtime.engine import Engine
+from denoised.runtime.failures import kind_of_text
 from denoised.runtime.flights import Runway
 from denoised.runtime.mesh import Mesh
 from denoised.runtime.protocol import Channel, Command, Failed, RankSpec, Ready
@@ -55,6 +60,8 @@ def run_rank(spec: RankSpec, channel: Channel) -> None:
     except Exception as error:
         by_user, by_settings = isinstance(error, DenoisedError), isinstance(error, InvalidConfigError)
         text = str(error) if by_user else _with_place(error)
+        if kind_of_text(text) == "out_of_memory":
+            text = rescue.with_advice(text, spec.config)
         _tell(channel, Failed(error=text, by_user=by_user, by_settings=by_settings))
     finally:
         if spec.world_size > 1:  # one rank alone may share its process with other engines
@@ -70,7 +77,7 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
     torch.set_num_threads(spec.config.num_threads or env.default_threads(spec.local_world_size))
     device = device_of(spec)
     mesh = _connect(spec, device)
-    pipeline = load.load(spec.config, device=device, unread=mesh is not None)
+    pipeline = load.load(spec.config, device=device, unread=mesh is not None or load.reads_late(spec.config, device))
     hf.route_warnings(_note)
     model_spec = resolve(pipeline)
     fingerprint = checkpoints.to_fingerprint(pipeline)
@@ -83,11 +90,21 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
         defaults={**load.default_sampling_params(spec.config.model), **spec.config.default_sampling_params},
     )
     info = dataclasses.replace(info, footprint=footprint.measure(pipeline, info, spec.config))
-    guidance = denoiser.build(pipeline, model_spec, spec.config, mesh)
-    channel.send(Ready(info=info, seconds=time.perf_counter() - started))
+    sites = lora.survey(pipeline, model_spec.denoisers)
+    guidance = denoiser.build(pipeline, model_spec, spec.config, mesh, sites)
     wire = _wire(mesh, device)
+    adapters = _adapters(sites, spec.config, device, wire)
+    channel.send(Ready(info=info, seconds=time.perf_counter() - started))
     return Engine(
-        runway=Runway(pipeline, model_spec, info, fingerprint(), sees_all=guidance.placement.num_ranks == 1),
+        runway=Runway(
+            pipeline,
+            model_spec,
+            info,
+            fingerprint(),
+            adapters,
+            sees_all=guidance.placement.num_ranks == 1,
+            caches=spec.config.caches,
+        ),
         info=info,
         guidance=guidance,
         cache=EncoderCache(spec.config.encoder_cache_mb * 2**20),
@@ -102,7 +119,26 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
             max_elements=_agreed(footprint.max_elements(info.footprint), wire),
         ),
         entangled=spec.config.parallel_config.is_entangled,
+        advised=functools.partial(rescue.advised, config=spec.config),
     )
+
+
+def _adapters(sites: lora.Sites, config: EngineConfig, device: str, wire: Wire | None) -> lora.Adapters:
+    """What holds the adapters of requests; that of the settings is active from here on. Raises InvalidConfigError."""
+    adapters = lora.Adapters(
+        sites,
+        device=torch.device(device),
+        max_adapters=config.max_loras,
+        max_bytes=None if config.max_lora_mb is None else config.max_lora_mb * 2**20,
+        **({"gather": wire.gather_objects} if wire is not None else {}),
+    )
+    if config.lora_path is not None:
+        try:
+            asked = LoRARequest(config.lora_path, lora_path=config.lora_path, scale=config.lora_scale)
+            adapters.start_with(files.resolve(asked))
+        except InvalidRequestError as error:
+            raise InvalidConfigError(str(error).replace("lora_request=", "lora_path=", 1)) from error
+    return adapters
 
 
 def _agreed(elements: float, wire: Wire | None) -> float:

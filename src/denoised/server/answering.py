@@ -22,6 +22,7 @@ from denoised.server.serving import Run
 T = TypeVar("T")
 # Seconds of silence after which a comment keeps proxies from closing a stream.
 _HEARTBEAT = 10.0
+_STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 class ClientGoneError(Exception):
@@ -69,7 +70,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(self, run: Run, render: Callable[[Run], AsyncIterator[bytes]], headers: dict[str, str]) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
+        super().__init__(headers={**_STREAM, **headers})
         del self.headers["content-length"]
         self._run, self._render = run, render
 
@@ -95,6 +96,27 @@ class EventStream(Response):
                 yield chunk
         except Exception as error:
             yield event("error", of_error(error).body())
+
+
+class Watched(Response):
+    """Server-sent events of what goes on without this caller; who hangs up ends the stream alone."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncIterator[bytes]) -> None:
+        super().__init__(headers=dict(_STREAM))
+        del self.headers["content-length"]
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(ClientGoneError):
+            await _first(self._answer(send), receive)
+
+    async def _answer(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async for chunk in _with_heartbeat(self._chunks):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def _with_heartbeat(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

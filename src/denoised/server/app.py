@@ -11,9 +11,24 @@ from starlette.responses import JSONResponse, Response
 
 from denoised import __version__
 from denoised.errors import InvalidRequestError, QueueFullError, RequestAbortedError, RequestTimeoutError
-from denoised.server import answering, audio, chat, complaints, images, info, schema, videos
+from denoised.server import (
+    answering,
+    audio,
+    chat,
+    complaints,
+    drafts,
+    images,
+    info,
+    lora_routes,
+    playground,
+    schema,
+    video_events,
+    videos,
+)
 from denoised.server.bodies import AudioRequest, ChatRequest, EditRequest, ImageRequest, VideoRequest
+from denoised.server.drafts import ContinueRequest, DraftRequest
 from denoised.server.jobs import JobStore
+from denoised.server.kept_drafts import KeptDrafts
 from denoised.server.metrics import HttpMetrics
 from denoised.server.middleware import Count, Gate, Keys, Limit
 from denoised.server.problems import Refusal, of_error
@@ -23,7 +38,7 @@ from denoised.server.settings import ServerConfig
 from denoised.server.webhooks import Webhooks
 from denoised.server.working import Jobs
 
-_BODIES = (ImageRequest, EditRequest, VideoRequest, AudioRequest, ChatRequest)
+_BODIES = (ImageRequest, EditRequest, DraftRequest, ContinueRequest, VideoRequest, AudioRequest, ChatRequest)
 _OURS = (InvalidRequestError, QueueFullError, RequestAbortedError, RequestTimeoutError)
 
 
@@ -59,7 +74,8 @@ def build_app(serving: Serving, store: JobStore) -> FastAPI:
     )
     webhooks = Webhooks(config.webhook_secret, allow_private=config.allow_private_webhooks)
     app.state.serving, app.state.metrics, app.state.jobs = serving, metrics, Jobs(store, webhooks)
-    for part in (images, videos, audio, chat, info):
+    app.state.drafts = KeptDrafts(config)
+    for part in (images, drafts, videos, video_events, audio, chat, lora_routes, info, playground):
         app.include_router(part.router)
     _answer_errors(app)
     app.openapi = lambda: schema.openapi(app, _BODIES)  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ from typing import Any
 
 from denoised.request import OmniDiffusionSamplingParams, PromptDict, Service
 from denoised.runtime.model_info import ModelInfo
+from denoised.server import loras
 from denoised.server.bodies import AudioRequest, VideoRequest
 from denoised.server.fields import RequestFields
 from denoised.server.problems import Refusal, invalid
@@ -36,12 +37,13 @@ class Ask:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where requests are translated for: the model, the server's limits, and who asks."""
+    """Where requests are translated for: the model, the adapters that are loaded, the server's limits, who asks."""
 
     info: ModelInfo
     name: str
     config: ServerConfig
     tenant: str
+    loras: tuple[str, ...] = ()
 
     def check_kind(self, kind: Kind) -> None:
         """Refuse a route that makes something else than the model."""
@@ -50,7 +52,7 @@ class Place:
             raise invalid(f"{self.name} makes {_plural(self.info.kind)}; use {own}.", param="model")
 
     def check_model(self, asked: str | None) -> None:
-        if asked not in (None, self.name, self.info.model):
+        if asked not in (None, self.name, self.info.model, *self.loras):
             raise Refusal(
                 404,
                 f"model={asked!r:.80}: this server serves {self.name}; leave it out, or give that.",
@@ -73,6 +75,7 @@ class Place:
         """The request as the engine takes it. `media` are decoded pictures, `more` further sampling parameters."""
         self.check_model(body.model)
         given = body.sampling()
+        _add(given, "lora_request", loras.asked_for(body, self.loras, self.config), "lora_request")
         _add(given, "num_outputs_per_prompt", self._count(n, body), "n")
         _add_size(given, size)
         for name, value in more.items():

@@ -65,6 +65,9 @@ class VideoRequest(RequestFields):
     )
     size: Size | None = None
     input_reference: ImageReference | None = Field(None, description="the picture to start from")
+    partial_images: int | None = Field(
+        None, ge=0, le=MOST_PARTIAL_IMAGES, description="previews of a job's first frame among its events"
+    )
     webhook: Annotated[str, Field(max_length=2000)] | None = Field(
         None, description="http(s) URL that is told, signed, when the job is done"
     )

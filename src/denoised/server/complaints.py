@@ -89,7 +89,7 @@ def _unknown(field: str, name: str, known: Iterable[str]) -> str:
         return f"{name} is a field of OpenAI's API that this server cannot honour; {NOT_HONOURED[field]}."
     if field in NOT_OVER_HTTP:
         return f"{name} cannot be given over HTTP; {NOT_OVER_HTTP[field]}."
-    if field.startswith(("lora_", "frame_interpolation", "enable_frame_interpolation")):
+    if field.startswith(("frame_interpolation", "enable_frame_interpolation")):
         return f"{name} is not available in this version; leave it out."
     near = difflib.get_close_matches(field, list(known), n=1)
     return f"{name:.80} is not known; " + (f"did you mean {near[0]}?" if near else "leave it out.")

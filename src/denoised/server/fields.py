@@ -8,13 +8,14 @@ import typing
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model, model_validator
 
+from denoised.lora_request import MAX_SCALE
 from denoised.request import OmniDiffusionSamplingParams
 
 # Objects of Python that no body can hold, and features that are not there; complaints.py says what to do instead.
 _NOT_OVER_HTTP = frozenset(
-    "generator latents pil_image output_type return_trajectory_latents lora_request lora_scale "
+    "generator latents pil_image output_type return_trajectory_latents lora_request "
     "enable_frame_interpolation frame_interpolation_exp frame_interpolation_scale "
     "frame_interpolation_model_path".split()
 )
@@ -67,10 +68,45 @@ else:
     SamplingFields = create_model("SamplingFields", __base__=Closed, **_sampling_fields())
 
 
+class LoraFields(Closed):
+    """An adapter of one request: the name of a loaded one, or a path below a folder that the server allows."""
+
+    lora_name: str | None = Field(None, validation_alias=AliasChoices("lora_name", "name"), max_length=200)
+    lora_path: str | None = Field(
+        None, validation_alias=AliasChoices("lora_path", "local_path", "path"), max_length=4096
+    )
+    scale: float | None = Field(None, ge=-MAX_SCALE, le=MAX_SCALE, description="strength; default 1")
+    component: str | None = Field(None, description="the denoiser it is for, such as transformer_2", max_length=200)
+    lora_int_id: int | None = Field(
+        None,
+        validation_alias=AliasChoices("lora_int_id", "int_id"),
+        description="taken for vLLM's callers; adapters are told apart by their files",
+    )
+
+    @model_validator(mode="after")
+    def _names_one(self) -> LoraFields:
+        if not (self.lora_name or self.lora_path):
+            raise ValueError("lora_name is missing; give it, or a lora_path")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As the sampling parameter `lora_request` takes it."""
+        return {k: v for k, v in self.model_dump().items() if v is not None and k != "lora_int_id"}
+
+
+Loras = LoraFields | Annotated[str, Field(min_length=1, max_length=200)]
+
+
 class RequestFields(SamplingFields):
     """What every request for media may say. The rest of its fields are the route's own."""
 
-    model: str | None = Field(None, description="the served model, as /v1/models names it")
+    model: str | None = Field(None, description="the served model or a loaded adapter, as /v1/models names it")
+    lora_request: Loras | Annotated[list[Loras], Field(min_length=1, max_length=8)] | None = Field(
+        None, description="adapters: names of loaded ones, or objects"
+    )
+    lora: Loras | Annotated[list[Loras], Field(min_length=1, max_length=8)] | None = Field(
+        None, description="the same as lora_request"
+    )
     negative_prompt: str | None = Field(None, description="what to keep out")
     timeout: float | None = Field(
         None, gt=0, le=LONGEST_TIMEOUT, description="seconds from now after which the request fails with 504"

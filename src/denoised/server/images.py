@@ -51,14 +51,15 @@ async def edits(request: Request) -> Response:
 
 def _ask(place: Place, asked: ImageFields, media: dict[str, Any] | None) -> Ask:
     place.check_kind("image")
-    _check_format(asked, place)
+    check_format(asked, place)
     previews = asked.partial_images or 0
     return place.ask(
         asked, text=asked.prompt, prefix="img_", n=asked.n, size=asked.size, media=media, num_previews=previews
     )
 
 
-def _check_format(asked: ImageFields, place: Place) -> None:
+def check_format(asked: ImageFields, place: Place) -> None:
+    """Refuse a form of file that the pictures cannot have."""
     format = _format(asked)
     if asked.output_compression is not None and format == "png":
         given = asked.output_compression
@@ -77,17 +78,18 @@ async def _answer(request: Request, asked: ImageFields, ask: Ask, name: str) -> 
     serving = serving_of(request)
     run = serving.run(ask)
     if asked.stream:
-        return EventStream(run, lambda run: _events(run, asked, name), {"X-Request-Id": ask.request_id})
-    return await unless_gone(request, _reply(run, asked))
+        return EventStream(run, lambda run: events(run, asked, name), {"X-Request-Id": ask.request_id})
+    return await unless_gone(request, reply(run, asked))
 
 
-async def _reply(run: Run, asked: ImageFields) -> Response:
+async def reply(run: Run, asked: ImageFields) -> Response:
+    """The pictures of a run, in one piece."""
     async with run:
         output = await run.output()
         images = await _encoded(output.images, asked)
-    reply = {"created": int(time.time()), "data": [{"b64_json": image} for image in images]}
-    reply |= {**_look(output.images, asked), "receipt": receipt_of(output)}
-    return JSONResponse(reply, headers=headers_of(output))
+    made = {"created": int(time.time()), "data": [{"b64_json": image} for image in images]}
+    made |= {**_look(output.images, asked), "receipt": receipt_of(output)}
+    return JSONResponse(made, headers=headers_of(output))
 
 
 async def _encoded(images: list[Any], asked: ImageFields) -> list[str]:
@@ -108,15 +110,16 @@ def _look(images: list[Any], asked: ImageFields) -> dict[str, str]:
     return {"size": f"{first.width}x{first.height}", "output_format": _format(asked), "background": background}
 
 
-async def _events(run: Run, asked: ImageFields, name: str) -> AsyncIterator[bytes]:
+async def events(run: Run, asked: ImageFields, name: str) -> AsyncIterator[bytes]:
+    """The pictures of a run and what goes before them, as server-sent events."""
     async for seen in run.events():
         if isinstance(seen, Progress):
             yield event(f"{name}.progress", progress(seen))
         elif isinstance(seen, Preview):
-            for image in await _pictured(seen.images, asked):
+            for image in await pictured(seen.images, asked):
                 yield event(f"{name}.partial_image", {"partial_image_index": seen.index, "step": seen.step, **image})
         elif isinstance(seen, OmniRequestOutput):
-            for image in await _pictured(seen.images, asked):
+            for image in await pictured(seen.images, asked):
                 yield event(f"{name}.completed", {**image, "receipt": receipt_of(seen)})
 
 
@@ -130,7 +133,7 @@ def progress(seen: Progress) -> dict[str, Any]:
     }
 
 
-async def _pictured(images: list[Any], asked: ImageFields) -> list[dict[str, Any]]:
+async def pictured(images: list[Any], asked: ImageFields) -> list[dict[str, Any]]:
     """An event's data for each picture; `image_index` says which of n it is."""
     common = {"created_at": int(time.time()), "quality": "auto", **_look(images, asked)}
     encoded = await _encoded(images, asked)

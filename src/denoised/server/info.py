@@ -39,8 +39,9 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/v1/models", responses={200: {"model": ModelList}, **ERRORS})
 async def list_models(request: Request) -> Response:
-    """The served model."""
-    return JSONResponse({"object": "list", "data": [_shown(serving_of(request))]})
+    """The served model, and the adapters that are loaded."""
+    shown = _shown(serving_of(request))
+    return JSONResponse({"object": "list", "data": [shown, *_adapters(serving_of(request))]})
 
 
 @router.get("/v1/models/{model:path}", responses={200: {"model": ModelReply}, **ERRORS})
@@ -51,6 +52,12 @@ async def retrieve_model(request: Request, model: str) -> Response:
         message = f"model={model!r:.80}: this server serves {shown['id']}."
         raise Refusal(404, message, param="model", code="model_not_found")
     return JSONResponse(shown)
+
+
+def _adapters(serving: Serving) -> list[dict[str, Any]]:
+    assert serving.engine is not None, "the gate is closed until it is there"
+    common = {"object": "model", "created": serving.since, "owned_by": "denoised", "parent": serving.name}
+    return [{"id": name, **common} for name in serving.engine.loras]
 
 
 def _shown(serving: Serving) -> dict[str, Any]:

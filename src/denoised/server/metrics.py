@@ -121,7 +121,10 @@ def _of_replicas(replicas: tuple[ReplicaStats, ...]) -> Iterator[Metric]:
     yield gauge("ready", "1 if its ranks are there", lambda r: float(r.ready))
     yield gauge("running", "requests in flight there", lambda r: r.running)
     yield gauge("seconds_left", "predicted work of what runs there", lambda r: r.seconds_left)
+    yield gauge("longest_tick_seconds", "the longest tick so far", lambda r: r.work.longest_tick)
     yield gauge("memory_bytes", "what rank 0 holds", lambda r: r.memory_mb * _MIB)
+    yield gauge("loras", "LoRA adapters in memory", lambda r: r.loras)
+    yield gauge("lora_bytes", "LoRA adapters in memory, whole", lambda r: r.lora_mb * _MIB)
     yield _counter("restarts", "times its ranks were lost", replicas, lambda r: r.restarts_total)
     for name, help in _WORK.items():
         yield _counter(name, help, replicas, lambda r, name=name: getattr(r.work, f"{name}_total"))  # type: ignore[misc]

@@ -21,8 +21,9 @@ from denoised.server.serving import Serving
 from denoised.server.settings import ServerConfig
 
 _log = logging.getLogger(__name__)
-# What anyone may ask, with keys or without: load balancers have none.
-OPEN_PATHS = frozenset({"/health"})
+# What anyone may ask, with keys or without: load balancers have none, and the playground asks for its own.
+OPEN_PATHS = frozenset({"/health", "/"})
+OPEN_FOLDER = "/playground/"
 # Seconds of silence in the middle of a body.
 PATIENCE = 60.0
 
@@ -66,7 +67,7 @@ class Keys:
         self._app, self._digests = app, config.api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._digests or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or not self._digests or _is_open(scope["path"]):
             return await self._app(scope, receive, send)
         tenant = keys.tenant(self._digests, Headers(scope=scope).get("authorization"))
         if tenant is None:
@@ -75,6 +76,10 @@ class Keys:
             return await answer.response()(scope, receive, send)
         scope.setdefault("state", {})["tenant"] = tenant
         return await self._app(scope, receive, send)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
 
 
 class Gate:

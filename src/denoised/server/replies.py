@@ -98,9 +98,19 @@ class ModelReply(BaseModel):
     defaults: dict[str, Any]
 
 
+class AdapterReply(BaseModel):
+    """A loaded adapter; `parent`: the model that it changes."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    parent: str
+
+
 class ModelList(BaseModel):
     object: Literal["list"]
-    data: list[ModelReply]
+    data: list[ModelReply | AdapterReply]
 
 
 class Health(BaseModel):

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from denoised.config import EngineConfig
 from denoised.errors import one_line
+from denoised.lora_request import LoRARequest
 from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
 from denoised.request import OmniDiffusionSamplingParams, Prompt, Service
 from denoised.runtime.model_info import ModelInfo
@@ -50,6 +51,13 @@ class Engine(Protocol):
         self, checkpoint: Any, *, request_id: str | None = None, service: Service = ...
     ) -> AsyncIterator[Event]: ...
 
+    @property
+    def loras(self) -> list[str]: ...
+
+    async def load_lora(self, lora: LoRARequest) -> None: ...
+
+    async def unload_lora(self, name: str) -> None: ...
+
     def stats(self) -> Stats: ...
 
     def close(self) -> None: ...
@@ -81,7 +89,9 @@ class Serving:
         return Path(model).name if Path(model).is_absolute() else model
 
     def place(self, tenant: str) -> Place:
-        return Place(info=self.loaded().info, name=self.name, config=self.config, tenant=tenant)
+        engine = self.loaded()
+        loras = tuple(engine.loras)
+        return Place(info=engine.info, name=self.name, config=self.config, tenant=tenant, loras=loras)
 
     def loaded(self) -> Engine:
         """The engine, if it takes requests.
@@ -139,6 +149,10 @@ class Run:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.end()
+
+    async def end(self) -> None:
+        """End it wherever it stands; once more does no harm."""
         assert self._pump is not None
         self._pump.cancel()
         await asyncio.wait([self._pump])

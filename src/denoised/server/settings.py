@@ -33,6 +33,9 @@ class ServerConfig:
     )
     cors_origin: tuple[str, ...] = bounded((), help="origin whose pages may call, or *; may be repeated")
     allow_url_fetch: bool = bounded(False, help="fetch pictures that requests name by URL, from public addresses only")
+    allowed_lora_folder: tuple[str, ...] = bounded(
+        (), help="folder that LoRA adapters may be loaded from; may be repeated; default: none"
+    )
     max_body_mb: int = bounded(64, minimum=1, maximum=4096, help="largest body of a request, uploads included")
     max_n: int = bounded(10, minimum=1, maximum=64, help="largest n of a request")
     max_priority: int = bounded(0, minimum=-100, maximum=100, help="highest priority that a request may give itself")
@@ -55,6 +58,9 @@ class ServerConfig:
         },
     )
     allow_private_webhooks: bool = bounded(False, help="also call webhooks at private addresses")
+    max_drafts: int = bounded(64, minimum=1, maximum=10_000, help="drafts of pictures that are kept to go on from")
+    max_drafts_mb: int = bounded(512, minimum=1, help="memory for drafts; the oldest of who has most make room")
+    draft_minutes: float = bounded(30.0, minimum=0.01, maximum=10_080, help="minutes that a draft is kept")
     drain_timeout: float = bounded(60.0, minimum=0, maximum=86_400, help="seconds for what runs when asked to stop")
     skip_warm_up: bool = bounded(False, help="be ready without a first request of our own")
 

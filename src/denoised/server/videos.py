@@ -69,7 +69,7 @@ async def create(request: Request) -> Response:
         webhook=asked.webhook,
     )
     job = await unless_gone(request, jobs.begin(job, ask, serving_of(request)))
-    return JSONResponse(_shown(job), headers=_POLL_HEADERS)
+    return JSONResponse(shown(job), headers=_POLL_HEADERS)
 
 
 @router.post("/v1/videos/sync", response_class=FileResponse, responses=_FILE, openapi_extra=_BODY)
@@ -78,6 +78,8 @@ async def sync(request: Request) -> Response:
     asked, ask = await _asked(request)
     if asked.webhook is not None:
         raise invalid("webhook: this route answers with the video; use /v1/videos.", param="webhook")
+    if asked.partial_images:
+        raise invalid("partial_images: this route answers with the video; use /v1/videos.", param="partial_images")
     place = place_of(request)
     reply = _file(serving_of(request).run(ask), place.fps(asked), place.info.sample_rate)
     return await unless_gone(request, reply)
@@ -98,8 +100,9 @@ async def _asked(request: Request) -> tuple[VideoRequest, Ask]:
 
 
 def _ask(place: Place, asked: VideoRequest, media: dict[str, Any] | None) -> Ask:
-    frames = place.num_frames(asked)
-    return place.ask(asked, text=asked.prompt, prefix="video_", size=asked.size, media=media, num_frames=frames)
+    frames, previews = place.num_frames(asked), asked.partial_images or 0
+    more: dict[str, Any] = {"num_frames": frames, "num_previews": previews}
+    return place.ask(asked, text=asked.prompt, prefix="video_", size=asked.size, media=media, **more)
 
 
 async def _file(run: Run, fps: float, sample_rate: int | None) -> Response:
@@ -128,7 +131,7 @@ async def list_videos(request: Request, query: Annotated[ListQuery, Query()]) ->
     if query.after is not None and query.after not in ids:
         raise invalid(f"after={query.after!r:.80}: there is no such video; give an id of the page before.")
     rest = jobs[ids.index(query.after) + 1 :] if query.after is not None else jobs
-    page = [_shown(job) for job in rest[: query.limit]]
+    page = [shown(job) for job in rest[: query.limit]]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
     more = len(rest) > len(page)
     return JSONResponse({"object": "list", "data": page, "first_id": first, "last_id": last, "has_more": more})
@@ -137,7 +140,7 @@ async def list_videos(request: Request, query: Annotated[ListQuery, Query()]) ->
 @router.get("/v1/videos/{video_id}", responses={200: {"model": VideoReply}})
 async def retrieve(request: Request, video_id: str) -> Response:
     """How far a job is."""
-    return JSONResponse(_shown(_job(request, video_id)), headers=_POLL_HEADERS)
+    return JSONResponse(shown(job_of(request, video_id)), headers=_POLL_HEADERS)
 
 
 @router.get("/v1/videos/{video_id}/content", response_class=FileResponse, responses=_FILE)
@@ -145,7 +148,7 @@ async def content(
     request: Request, video_id: str, variant: Annotated[Literal["video"], Query()] = "video"
 ) -> Response:
     """The file of a job that is completed."""
-    job = _job(request, video_id)
+    job = job_of(request, video_id)
     if job.status != "completed":
         message = f"video_id={job.id}: it is {job.status.replace('_', ' ')}; ask again when it is completed."
         raise Refusal(409, message, param="video_id", code="not_completed")
@@ -157,20 +160,24 @@ async def content(
 @router.delete("/v1/videos/{video_id}", responses={200: {"model": VideoDeleted}})
 async def delete(request: Request, video_id: str) -> Response:
     """Forget a job and its file; if it runs, stop it."""
-    job = _job(request, video_id)
+    job = job_of(request, video_id)
     await jobs_of(request).remove(job.id)
     return JSONResponse({"id": job.id, "object": "video.deleted", "deleted": True})
 
 
-def _job(request: Request, video_id: str) -> Job:
-    """The caller's job; those of others are not there."""
+def job_of(request: Request, video_id: str) -> Job:
+    """The caller's job; those of others are not there.
+
+    Raises:
+        Refusal: 404.
+    """
     job = jobs_of(request).store.get(video_id)
     if job is None or job.tenant != tenant_of(request.scope):
         raise Refusal(404, f"video_id={video_id!r:.80}: there is no such video.", param="video_id", code="not_found")
     return job
 
 
-def _shown(job: Job) -> dict[str, Any]:
+def shown(job: Job) -> dict[str, Any]:
     """OpenAI's fields, then our own."""
     own = ("step", "total_steps", "position", "eta_seconds", "receipt")
     same = ("id", "created_at", "completed_at", "model", "prompt", "status", "progress", "seconds", "size", "error")

@@ -16,12 +16,13 @@ from weakref import WeakValueDictionary
 
 from denoised.errors import DenoisedError, QueueFullError, one_line
 from denoised.media.save import save
-from denoised.outputs import OmniRequestOutput, Progress, Saved
+from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
 from denoised.server import kept_asks
 from denoised.server.asks import Ask
 from denoised.server.jobs import Job, JobStore, changed
 from denoised.server.problems import Refusal, of_error
 from denoised.server.serving import Run, Serving
+from denoised.server.watchers import Watchers
 from denoised.server.webhooks import Webhooks
 
 
@@ -29,7 +30,7 @@ class Jobs:
     """The jobs of a server. A job is removed with all it has: its work, its record and its file."""
 
     def __init__(self, store: JobStore, webhooks: Webhooks) -> None:
-        self.store, self.webhooks = store, webhooks
+        self.store, self.webhooks, self.watchers = store, webhooks, Watchers()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._doors: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
@@ -79,14 +80,16 @@ class Jobs:
             task.cancel()
             await asyncio.wait([task])
             self.store.remove(job_id)
+        self.watchers.ended(job_id)
 
     async def close(self) -> None:
-        """Stop what still runs; its record says so, unless it will go on."""
+        """Stop what still runs; its record says so, unless it will go on. Nobody watches any more."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        self.watchers.close()
         self.store.close()
 
     # ---- after a restart
@@ -154,6 +157,9 @@ class Jobs:
     async def _hear(self, job: Job, event: Any) -> None:
         if isinstance(event, Progress):
             changed(self.store, job.id, **_seen(event))
+            self.watchers.news(job.id)
+        elif isinstance(event, Preview):
+            await self.watchers.preview(job.id, event)
         elif isinstance(event, Saved) and self.store.durable:
             await asyncio.to_thread(lambda: self.store.keep_checkpoint(job.id, event.checkpoint.to_bytes()))
         elif isinstance(event, OmniRequestOutput):
@@ -175,6 +181,7 @@ class Jobs:
     # ---- webhooks
 
     def _ended(self, job_id: str) -> None:
+        self.watchers.ended(job_id)
         job = self.store.get(job_id)
         if job is not None and job.webhook is not None:
             self._spawn(_told_name(job_id), self._tell(job_id))

@@ -36,6 +36,7 @@ class ModelSpec:
     packing: latents that the pipeline packs into one token, along each side; 1: the denoiser's own patch says it.
     defaults: sampling parameters that the class's own defaults leave open.
     stacks: the denoiser's block lists in order of execution, where that is not the order of definition.
+    uncached: stacks that caches always compute: not only the next block uses what their blocks give.
     sequence_plan: how the denoiser's sequence is spread over ranks, where neither its class nor `sequence.py` says.
     """
 
@@ -60,4 +61,5 @@ class ModelSpec:
     declared: bool = True
     defaults: dict[str, Any] = field(default_factory=dict)
     stacks: tuple[str, ...] = ()
+    uncached: tuple[str, ...] = ()
     sequence_plan: SequencePlan | None = None

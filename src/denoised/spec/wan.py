@@ -13,5 +13,6 @@ SPECS = (
         kind="video",
         shared=frozenset({"control_hidden_states_scale"}),  # one factor a hint, not a row
         stacks=("vace_blocks", "blocks"),
+        uncached=("vace_blocks",),  # each gives a hint for a main block
     ),
 )

@@ -10,5 +10,6 @@ SPECS = (
         packing=2,
         models=("Z-Image", "Z-Image-Turbo"),
         row_lists=frozenset({"x", "cap_feats"}),
+        uncached=("noise_refiner", "context_refiner"),  # of pictures and of texts apart, and few
     ),
 )

@@ -1,7 +1,8 @@
 """One suspended component call, the thread state it must run under, and which call is running now.
 
-Features that keep state across steps (caches, key/value stores) find it by `running()`: the calls whose rows are in
-the forward that runs at this moment. State lives in `Call.state`, which belongs to the task and dies with it.
+Features that keep state across steps (caches, key/value stores) find it by `running_rows()`: the calls whose rows
+are in the forward that runs at this moment, and which rows. State lives in `Call.state`, which belongs to the task and
+dies with it.
 """
 
 from __future__ import annotations
@@ -44,10 +45,33 @@ class Target:
     stores: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Active:
+    """An adapter that acts in a call: its content, and how strongly."""
+
+    key: str
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What the feature `by` decided for one row of a call: its blocks were computed, or made up from earlier ones.
+
+    values: what was measured for it, if that was asked for.
+    """
+
+    by: str
+    row: int
+    computed: bool
+    values: tuple[float, ...] = ()
+
+
 @dataclass(kw_only=True, eq=False)
 class Call:
     """One suspended call. `branch` counts the denoiser calls of a task since its last scheduler step; `versions` tell
-    whether the program changed an argument in place after it made the call."""
+    whether the program changed an argument in place after it made the call; `adapters` act beside the component's
+    layers, so that calls with different ones cannot share a forward. `step` of `num_steps` counts from 0; 0 of 0: the
+    program has not told. `decisions` are of the forward that ran last, until somebody takes them."""
 
     task_id: str
     target: Target
@@ -58,10 +82,14 @@ class Call:
     source: Source
     state: dict[str, Any] = field(default_factory=dict)
     versions: Versions | None = None
+    adapters: tuple[Active, ...] = ()
+    step: int = 0
+    num_steps: int = 0
+    decisions: list[Decision] = field(default_factory=list)
 
-    def run(self) -> Any:
-        """The call as the program made it: same arguments, same thread state."""
-        with self.ambient.restored(), _running((self,)):
+    def run(self, rows: tuple[int, ...] = ()) -> Any:
+        """The call as the program made it: same arguments, same thread state. `rows`: all it has, if it has rows."""
+        with self.ambient.restored(), _running(((self, rows),)):
             return self.target.function(*self.args, **self.kwargs)
 
     def check_arguments(self) -> None:
@@ -112,24 +140,34 @@ def _signature(target: Target) -> inspect.Signature:
 _local = threading.local()
 
 
+# Some rows of one call.
+Part = tuple[Call, tuple[int, ...]]
+
+
 def running() -> tuple[Call, ...]:
     """The calls whose rows are in the forward that runs now on this thread; empty outside one."""
-    calls: tuple[Call, ...] = getattr(_local, "calls", ())
-    return calls
+    return tuple(call for call, _ in running_rows())
+
+
+def running_rows() -> tuple[Part, ...]:
+    """The same with the numbers of the rows, in the order in which they lie in the batch."""
+    parts: tuple[Part, ...] = getattr(_local, "parts", ())
+    return parts
 
 
 @contextlib.contextmanager
-def _running(calls: tuple[Call, ...]) -> Iterator[None]:
-    if running():
+def _running(parts: tuple[Part, ...]) -> Iterator[None]:
+    if running_rows():
         raise AssertionError("component calls do not nest")
-    _local.calls = calls
+    _local.parts = parts
     try:
         yield
     finally:
-        _local.calls = ()
+        _local.parts = ()
 
 
-def run_joined(calls: tuple[Call, ...], kwargs: dict[str, Any]) -> Any:
-    """One forward over rows of `calls`, which share a target and an ambient state."""
-    with calls[0].ambient.restored(), _running(calls):
-        return calls[0].target.function(**kwargs)
+def run_joined(parts: tuple[Part, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward over rows of several calls, which share a target and an ambient state."""
+    first = parts[0][0]
+    with first.ambient.restored(), _running(parts):
+        return first.target.function(**kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ def signature(call: Call, rules: RowRules) -> Any:
         (name, "idle" if name in idle else _argument_signature(name, value, batch_size(call), rules))
         for name, value in named
     )
-    return (call.target.name, call.ambient, arguments)
+    return (call.target.name, call.adapters, call.ambient, arguments)
 
 
 def _argument_signature(name: str, value: Tree, batch: int, rules: RowRules) -> Any:
@@ -166,16 +166,51 @@ def _taken(name: str, value: Tree, piece: Piece, rules: RowRules) -> Tree:
     return _rows_back(name, take(rows_first, piece.rows, piece.batch, as_list=name in rules.lists), rules)
 
 
+class PartedError(Exception):
+    """Rows of a forward cannot go on together: whoever ran it runs each of `groups` (positions in the batch) alone.
+
+    Raised by features inside a forward, before it has changed anything, and on all ranks that share it.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, ...]]) -> None:
+        super().__init__("rows of this forward have to run apart")
+        self.groups = groups
+
+
 def run(pieces: Sequence[Piece], rules: RowRules) -> list[Tree]:
-    """One forward over all pieces; the output of each."""
+    """One forward over all pieces, or one for each group of rows that cannot go together; the output of each piece."""
+    try:
+        return _run(pieces, rules)
+    except PartedError as parted:
+        return _run_parted(pieces, parted.groups, rules)
+
+
+def _run_parted(pieces: Sequence[Piece], groups: Sequence[tuple[int, ...]], rules: RowRules) -> list[Tree]:
+    places = [(piece, row) for piece in pieces for row in piece.rows]
+    found: dict[int, list[tuple[Piece, Tree]]] = {number: [] for number in range(len(pieces))}
+    for together in groups:
+        chosen = [places[place] for place in together]
+        parts = [_of(piece, [row for other, row in chosen if other is piece]) for piece in pieces]
+        numbers = [number for number, part in enumerate(parts) if part.rows]
+        outputs = _run([parts[number] for number in numbers], rules)
+        for number, output in zip(numbers, outputs, strict=True):
+            found[number].append((parts[number], output))
+    return [assemble([part for part, _ in found[n]], [output for _, output in found[n]]) for n in found]
+
+
+def _of(piece: Piece, rows: list[int]) -> Piece:
+    return Piece(call=piece.call, rows=tuple(rows), batch=piece.batch)
+
+
+def _run(pieces: Sequence[Piece], rules: RowRules) -> list[Tree]:
     if len(pieces) == 1 and pieces[0].is_whole:
-        return [pieces[0].call.run()]
+        return [pieces[0].call.run(pieces[0].rows)]
     batches = [len(piece.rows) for piece in pieces]
     parts = [arguments(piece, rules) for piece in pieces]
     if len(parts) > 1:
         parts = _equal_lengths(parts, batches, rules)
     kwargs = {name: _joined(name, [p[name] for p in parts], batches, rules) for name in parts[0]}
-    output = run_joined(tuple(dict.fromkeys(p.call for p in pieces)), kwargs)
+    output = run_joined(tuple((p.call, p.rows) for p in pieces), kwargs)
     return _separate(output, batches)
 
 
@@ -239,10 +274,16 @@ def agree(pieces: Sequence[Piece], rules: RowRules) -> bool:
     The bound is on the relative norm: loose enough for bf16, far tighter than any wrong split.
     """
     try:
-        apart, together = [run([piece], rules)[0] for piece in pieces], run(pieces, rules)
+        apart = [run([_anew(piece)], rules)[0] for piece in pieces]
+        together = run([_anew(piece) for piece in pieces], rules)
         return all(map(_close, apart, together))
     except Exception:
         return False  # a forward that cannot take the split arguments answers the question
+
+
+def _anew(piece: Piece) -> Piece:
+    """With a call of its own: what features keep of a request's steps must not see a forward that is no step."""
+    return replace(piece, call=replace(piece.call, state={}, decisions=[]))
 
 
 def _close(a: Tree, b: Tree) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from denoised.steps import outline
 from denoised.steps.ambient import Ambient
 from denoised.steps.current import set_current_task
 from denoised.steps.deferred import Deferred, Source, Versions, plain, settled
-from denoised.steps.forward import Call, Stage, Target
+from denoised.steps.forward import Active, Call, Stage, Target
 from denoised.steps.journal import Journal
 from denoised.steps.unknown import MissingValueError, NeedsValue, known
 
@@ -37,6 +37,7 @@ class Task:
 
     arities: remembers, per denoiser, the outline of its output.
     journal: records what the program does, and answers it where it is run again; None: neither.
+    adapters: that act in its calls, by component.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Task:
         arities: dict[str, Any] | None = None,
         defer: bool = True,
         journal: Journal | None = None,
+        adapters: Mapping[str, tuple[Active, ...]] | None = None,
     ) -> None:
         self.task_id = task_id
         self.pending: list[Call] = []
@@ -55,8 +57,10 @@ class Task:
         self.error: Exception | None = None
         self.done = self.cancelled = False
         self.notes: list[str] = []
+        self.step = self.num_steps = 0
         self._program: Callable[[], Any] | None = program
         self._defer, self.journal = defer, journal
+        self._adapters = dict(adapters or {})
         self._arities = arities if arities is not None else {}
         self._branch = 0
         self._state: dict[tuple[str, int], dict[str, Any]] = {}
@@ -117,6 +121,9 @@ class Task:
             ambient=Ambient.capture(),
             source=Source(self._wait, self._arities.get(_arity_key(target, kwargs))),
             versions=Versions((args, kwargs)) if is_denoiser else None,
+            adapters=self._adapters.get(target.name, ()),
+            step=self.step,
+            num_steps=self.num_steps,
         )
         if is_denoiser:
             call.check_arguments()
@@ -139,6 +146,10 @@ class Task:
         """Keep what the pipeline warned of, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def at(self, step: int, num_steps: int) -> None:
+        """So many of so many denoising steps are done."""
+        self.step, self.num_steps = step, num_steps
 
     def new_step(self) -> None:
         """The scheduler stepped: the next denoiser call is branch 0 again."""
