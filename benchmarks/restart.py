@@ -11,8 +11,10 @@ A tiny Wan with random weights; its steps cost as good as nothing, so seconds ar
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import sqlite3
 import tempfile
 import time
 from collections.abc import Sequence
@@ -107,15 +109,21 @@ def restart(model: str, jobs_folder: Path, *, num_jobs: int, steps: int) -> Resu
         with Videos(first) as videos:
             ids = [videos.create(body, f"job {i}") for i, body in enumerate(bodies)]
             videos.until(ids, num_jobs * steps // 2)
-            done = {job["id"] for job in videos.all(ids) if job["status"] == "completed"}
     finally:
         first.kill()
+    done = _done(jobs_folder)
     second = Served(*arguments)
     try:
         with Videos(second) as videos:
             return _gone_on(videos, ids, done, bodies)
     finally:
         second.kill()
+
+
+def _done(jobs_folder: Path) -> set[str]:
+    """Jobs that were completed when the server was killed, by its own books."""
+    with contextlib.closing(sqlite3.connect(jobs_folder / "jobs.sqlite3")) as books:
+        return {job_id for (job_id,) in books.execute("SELECT id FROM jobs WHERE done")}
 
 
 def _gone_on(videos: Videos, ids: list[str], done: set[str], bodies: list[dict[str, Any]]) -> Result:

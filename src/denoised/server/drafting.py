@@ -88,7 +88,7 @@ async def begin(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, Told]]:
             missing -= isinstance(seen, Begun)
             yield number, seen
     finally:
-        for task in tasks:
+        for task in tasks if missing else ():  # the others are ending their runs already
             task.cancel()
         await asyncio.wait(tasks)
 

@@ -155,8 +155,10 @@ class Run:
         """End it wherever it stands; once more does no harm."""
         assert self._pump is not None
         self._pump.cancel()
-        await asyncio.wait([self._pump])
-        self.serving.left(self)
+        try:
+            await asyncio.wait([self._pump])
+        finally:  # also if who ends it is ended himself
+            self.serving.left(self)
 
     async def _listen(self) -> None:
         ask = self.ask

@@ -144,7 +144,7 @@ def _parts(raw: Raw, look: _Finder, sites: Sites, title: str) -> _Parts:
 
 def _unmatched(found: _Parts, unknown: list[str], sites: Sites, title: str, reason: str = "") -> InvalidRequestError:
     few = ", ".join(f"{name:.100}" for name in unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
-    count = f"{len(unknown)} of its {len(unknown) + len(found)} layers are" if found else "none of its layers is"
+    count = f"{len(unknown)} of its {len(unknown) + len(found)} layers are not" if found else "none of its layers is"
     return InvalidRequestError(
         f"{title}: {count} in {type(sites.pipeline).__name__}: {few}{reason}; give an adapter of this model."
     )
