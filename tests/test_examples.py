@@ -18,6 +18,7 @@ SCRIPTS = Path(__file__).parent.parent / "examples" / "offline_inference"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.checkpoint("qwen_image", tmp_path_factory.mktemp("checkpoints"))
 
+
 OFFLOADS = ("--enable-cpu-offload", "--enable-layerwise-offload")
 
 

@@ -133,7 +133,7 @@ def _wrong(found: dict[str, loras.Pair]) -> dict[str, tuple[dict[str, Tensor], s
     path = f"transformer.{ATTENTION}.to_q"
     return {
         "none": (other, r"none of its layers is in OvisImagePipeline: transformer\.transformer_blocks\.0\.nowhere"),
-        "some": (plain | other, r"8 of its 16 layers are not in OvisImagePipeline: .*, \.\.\.; give an adapter of this"),
+        "some": (plain | other, r"8 of its 16 layers are not in OvisImagePipeline: .*, \.\.\.; give an adapter"),
         "shape": (plain | {f"{path}.lora_A.weight": torch.zeros(2, 7)}, r"to_q has lora_down \(2, 7\) and lora_up"),
         "lacks": ({k: v for k, v in plain.items() if k != f"{path}.lora_B.weight"}, "to_q lacks its lora_up"),
         "dora": (plain | {f"{path}.lora_magnitude_vector": torch.zeros(4)}, "is a DoRA adapter"),

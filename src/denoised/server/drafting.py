@@ -88,8 +88,9 @@ async def begin(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, Told]]:
             missing -= isinstance(seen, Begun)
             yield number, seen
     finally:
-        for task in tasks if missing else ():  # the others are ending their runs already
-            task.cancel()
+        if missing:  # else they are ending their runs already
+            for task in tasks:
+                task.cancel()
         await asyncio.wait(tasks)
 
 
