@@ -35,7 +35,7 @@ def test_every_request_is_answered_right_while_clients_leave_and_a_rank_is_kille
 def test_slopes_are_of_warm_processes_and_of_one_generation_each() -> None:
     """Ranks that start small and grow by 10 MB in 1,000 answers, whatever those before them held."""
     samples = [
-        Sample(answers=at, since=at % 100, server=100 + at / 500, ranks=1000 + at // 100 + (at % 100) / 100)
+        Sample(answers=at, since=at % 500, server=100 + at / 500, ranks=1000 + at // 500 + (at % 500) / 100)
         for at in range(0, 1000, 2)
     ]
     assert ranks_slope(samples) == pytest.approx(10)
