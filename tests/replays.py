@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from denoised.features import lora
 from denoised.outputs import Saved
 from denoised.request import Request, Service
 from denoised.runtime import checkpoints, denoiser, model_info, previews
@@ -49,8 +50,10 @@ class Bench:
             self.pipeline.scheduler = scheduler.from_config(self.pipeline.scheduler.config)  # type: ignore[attr-defined]
         spec = resolve(self.pipeline)
         self.info = model_info.describe(self.pipeline, spec, model=name, device="cpu", dtype="float32", defaults={})
+        sites = lora.survey(self.pipeline, spec.denoisers)
         denoiser.trap(self.pipeline, spec)
-        self.runway = Runway(self.pipeline, spec, self.info, checkpoints.fingerprint(self.pipeline))
+        adapters = lora.Adapters(sites, device=torch.device("cpu"), max_adapters=1)
+        self.runway = Runway(self.pipeline, spec, self.info, checkpoints.fingerprint(self.pipeline), adapters)
 
     def request(self, index: int = 0, service: Service | None = None, **changes: Any) -> Request:
         prompt, params = as_omni(request_of(self.name, index), seed_of(index), latent_type(self.name))
