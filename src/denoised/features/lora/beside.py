@@ -61,11 +61,11 @@ class Beside:
         numbers = vars(layer)
         self.stride, self.padding = numbers.get("stride", 1), numbers.get("padding", 0)
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = self.forward(x, *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = self.forward(*args, **kwargs)
         if not self.weights:
             return y
-        calls = running()
+        calls, x = running(), args[0] if args else kwargs["input"]  # the name that torch gives it
         for adapter in calls[0].adapters if calls else ():
             factors = self.weights.get(adapter.key)
             if factors is not None:
