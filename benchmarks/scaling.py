@@ -1,4 +1,4 @@
-"""Every parallel method: two ranks of one thread against one, on transformers of 105M to 115M weights.
+"""Every parallel method: two ranks of one thread against one, on transformers of 105M to 155M weights.
 
     python -m benchmarks.scaling [--steps 4] [--rounds 3] [--only tensor] [--model image deep video vae]
 
