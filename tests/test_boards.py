@@ -120,6 +120,23 @@ def test_letters() -> None:
     assert run_on_ranks(letters, 2) == [3 * boards.NUM_LETTERS] * 2
 
 
+def a_rush(rank: int, size: int) -> None:
+    """The slots fill and empty again and again: no letter is lost, doubled or overwritten."""
+    collectives.all_reduce(torch.ones(1), _world())
+    for number in range(400):
+        if rank == 0:
+            collectives.Posted(torch.full((1000,), float(number)), _world(), to=1)
+            time.sleep(0.001 if number % 7 == 0 else 0)
+        else:
+            time.sleep(0.002 if number % 11 == 0 else 0)
+            found = collectives.Arriving(torch.empty(1000), _world(), source=0).wait()
+            assert torch.equal(found, torch.full((1000,), float(number)))
+
+
+def test_letters_in_a_rush() -> None:
+    run_on_ranks(a_rush, 2)
+
+
 def fails(rank: int, size: int) -> None:
     collectives.all_reduce(torch.ones(1), _world())
     if rank == 1:

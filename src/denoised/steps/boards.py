@@ -63,6 +63,11 @@ def _num_bytes(size: int) -> int:
     return 2 * size * (_TABLE + SLOT_BYTES) + size * size * NUM_LETTERS * LETTER_BYTES
 
 
+def fits(parts: Sequence[Tensor]) -> bool:
+    """Whether a turn has room for them."""
+    return sum(part.numel() * part.element_size() + _ALIGNED for part in parts) <= SLOT_BYTES
+
+
 class Turn:
     """What everybody published, to be read before the turn after the next."""
 
@@ -145,6 +150,7 @@ class Outbox:
         self._here = board.shared.rank
         self._word, self._read = board.words(self._here, to)
         self._waiting: deque[Tensor] = deque()
+        self._carried = False
         self._lock = threading.Lock()
 
     def send(self, x: Tensor) -> None:
@@ -154,17 +160,23 @@ class Outbox:
                 self._write(x)
                 return
             self._waiting.append(x.detach().clone(memory_format=torch.contiguous_format))
-            if len(self._waiting) == 1:
+            if not self._carried:
+                self._carried = True
                 threading.Thread(target=self._carry, name="letters", daemon=True).start()
 
     def _carry(self) -> None:
         # Tensors of that mode can be read in it alone. Whoever waits for a rank that is gone is told.
         with torch.inference_mode(), contextlib.suppress(RankGoneError):
-            while self._waiting:
+            while self._flush():
                 self._board.shared.wait(self._read, self._written - NUM_LETTERS + 1, self._to)
-                with self._lock:
-                    self._write(self._waiting[0])
-                    self._waiting.popleft()
+
+    def _flush(self) -> bool:
+        """Write what there is room for; whether some is left, for which the thread stays."""
+        with self._lock:
+            while self._waiting and self._has_room():
+                self._write(self._waiting.popleft())
+            self._carried = bool(self._waiting)
+            return self._carried
 
     def _has_room(self) -> bool:
         return self._written - int(self._board.shared.words[self._read]) < NUM_LETTERS
@@ -196,7 +208,8 @@ class Inbox:
             shared.wait(written, self._read + 1, self._source)
             into = self._expected.popleft()
             raw = self._board.letter(self._source, here, self._read)[: into.numel() * into.element_size()]
-            into.copy_(raw.view(into.dtype).view(into.shape))
+            with torch.inference_mode():  # `into` may have been made in that mode, for another row
+                into.copy_(raw.view(into.dtype).view(into.shape))
             self._read += 1
             shared.put(read, self._read)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from denoised.steps.boards import LETTER_BYTES, SLOT_BYTES, Board, Turn, board_of, made_board
+from denoised.steps.boards import LETTER_BYTES, Board, Turn, board_of, fits, made_board
 from denoised.steps.tally import count
 
 Group = dist.ProcessGroup
@@ -157,8 +157,7 @@ class Shift:
         self._like, self._source = list(tensors), (group.rank() - 1) % group.size()
         for x in tensors:
             _count("ring_shift", x)
-        small = sum(x.numel() * x.element_size() for x in tensors) <= SLOT_BYTES
-        self._turn = _posted(tensors, group) if small else None
+        self._turn = _posted(tensors, group) if fits(tensors) else None
         if self._turn is None:
             self._send(group)
 
@@ -187,7 +186,7 @@ def _posted(parts: Sequence[Tensor], group: Group) -> Turn | None:
 
 def _published(x: Tensor, group: Group, source: int | None = None) -> Turn | None:
     """A tensor that is as large on all ranks, of `source` or of everybody, and can be read now."""
-    if x.numel() * x.element_size() > SLOT_BYTES or (board := board_of(group, x.device)) is None:
+    if not fits([x]) or (board := board_of(group, x.device)) is None:
         return None
     return board.publish([x] if source in (None, group.rank()) else []).wait()
 
