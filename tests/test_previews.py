@@ -107,6 +107,11 @@ def events(omni: Omni, service: Service, request_id: str, params: OmniDiffusionS
     return heard
 
 
+def num_forwards(output: OmniRequestOutput) -> int:
+    """Of all ranks: decoding a preview on one of them moves rows to the other."""
+    return sum(rank.forwards for rank in output.receipt.ranks)
+
+
 def distance(a: Image.Image, b: Image.Image) -> float:
     """Mean difference of pixels, of 255."""
     return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())
@@ -126,7 +131,7 @@ def test_previews_come_nearer_to_the_result_which_they_do_not_change(parallel: d
     distances = [distance(event.images[0], output.images[0]) for event in shown]
     assert distances == sorted(distances, reverse=True)
     assert distances[-1] < 5 < distances[0]
-    assert [rank.forwards for rank in output.receipt.ranks] == [rank.forwards for rank in alone.receipt.ranks]
+    assert num_forwards(output) == num_forwards(alone), "none was for a preview"
     assert output.receipt.notes == []
 
 

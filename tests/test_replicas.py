@@ -249,7 +249,7 @@ def test_two_replicas_of_two_ranks() -> None:
             asked.is_right(name, int(name) % 3)
             steps = request_of(NAME, int(name) % 3)["num_inference_steps"]
             receipt = asked.outputs[name].receipt
-            assert [work.forwards for work in receipt.ranks] == [steps, steps], "a branch on each rank of its replica"
+            assert sum(work.forwards for work in receipt.ranks) == 2 * steps, "of the two ranks of its replica"
         assert {asked.replica(name) for name in names} == {0, 1}
         asked.ask("open", 0, num_inference_steps=100 * LONG)
         asked.until(lambda: "open" in asked.steps)

@@ -99,6 +99,16 @@ def test_rows_keep_their_rank_and_new_ones_go_where_there_is_least() -> None:
     assert homes(placement, [call(1, "d")]) == [0]
 
 
+def test_rows_that_may_move_are_dealt_anew_around_what_else_ranks_do() -> None:
+    placement = Placement(num_ranks=2, sticky=False)
+    calls, nothing = [call(1, "a", branch=b) for b in (0, 1)] + [call(1, "b"), call(1, "c")], lambda _: True
+    price = {made: float(number + 1) for number, made in enumerate(calls)}.__getitem__
+    assert [rank for rank, _ in placement.deal(calls, nothing, price)] == [0, 1, 1, 0], "4 and 1, 3 and 2"
+    assert [rank for rank, _ in placement.deal(calls, nothing, price, (10.0, 0.0))] == [1, 1, 1, 1]
+    assert [rank for rank, _ in placement.deal(calls, nothing, price, (0.0, 4.0))] == [1, 1, 0, 0]
+    assert placement.homes(calls[0]) == (None,)
+
+
 def homes(placement: Placement, calls: list[Call], *, splittable: bool = True) -> list[int]:
     return [rank for rank, _ in placement.deal(calls, lambda _: splittable)]
 
@@ -230,7 +240,7 @@ def test_calls_join_only_if_what_they_share_is_equal() -> None:
         calls = [call(2, "a"), call(2, "b", seed=1)]
         calls[1].kwargs["ids"] = other_ids
         outcome = guidance.run(calls)
-        results = guidance.finish(calls, outcome, None)
+        results = guidance.finish(calls, outcome, outcome.outputs)
         for one in calls:
             assert torch.equal(results[one][0], one.run()[0])
         return [guidance.work[task].rows_joined for task in "ab"]

@@ -127,7 +127,8 @@ def test_a_store_is_read_as_it_was_when_the_call_was_made() -> None:
     while not task.done:
         task.advance()
         calls, task.pending = list(task.pending), []
-        for made, value in guidance.finish(calls, guidance.run(calls), None).items():
+        outcome = guidance.run(calls)
+        for made, value in guidance.finish(calls, outcome, outcome.outputs).items():
             made.source.resolve(value)
     assert task.error is None
     assert [v.tolist() for v in task.value] == [[[6.0, 6.0]], [[1.0, 1.0]]]

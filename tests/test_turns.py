@@ -262,6 +262,45 @@ def test_guided_and_unguided_requests_keep_both_ranks_busy() -> None:
     assert min(run.busy) / run.now > 0.95
 
 
+def learned(**seconds: float) -> Turns:
+    """Two ranks that know what a step and a VAE call take."""
+    turns = Turns(num_ranks=2, join=True, max_rows=16)
+    for kind, took in seconds.items():
+        for _ in range(3):
+            turns.costs.learn([Load(kind=kind, requests=1, rows=1, size=SIZES[kind])], took)
+    return turns
+
+
+def asks(turns: Turns, *kinds: str, everywhere: bool = False) -> list[Wish]:
+    wishes = []
+    for number, kind in enumerate(kinds):
+        turns.enter(str(number), Service())
+        part = Part(kind=kind, size=SIZES[kind], homes=(None,))
+        wishes.append(Wish(request_id=str(number), parts=(part,), whole=kind == "vae", everywhere=everywhere))
+    return wishes
+
+
+def test_a_call_that_one_rank_runs_has_company_on_the_others() -> None:
+    turns = learned(vae=0.3, image=0.1)
+    turn = turns.choose(asks(turns, "vae", "image", "image", "image"))
+    assert turn.places == (("0", 0),)
+    assert [len(turn.wishes), turn.seconds] == [4, pytest.approx(0.3)]
+    assert [[(load.kind, load.rows) for load in own] for own in turn.loads] == [[("vae", 1)], [("image", 3)]]
+
+
+def test_two_calls_that_one_rank_runs_each_run_at_once() -> None:
+    turns = learned(vae=0.3, image=0.1)
+    turn = turns.choose(asks(turns, "vae", "vae"))
+    assert dict(turn.places) == {"0": 0, "1": 1}
+    assert turn.seconds == pytest.approx(0.3)
+
+
+def test_a_call_that_every_rank_runs_is_alone() -> None:
+    turns = learned(vae=0.3, image=0.1)
+    turn = turns.choose(asks(turns, "vae", "vae", everywhere=True))
+    assert (len(turn.wishes), turn.places) == (1, ())
+
+
 def test_a_rank_is_not_filled_with_what_would_hold_up_all() -> None:
     """An image on one rank, a video that would run a hundred times longer on the other."""
     image, video = Made(name="image", kind=IMAGE, steps=10), Made(name="video", kind=VIDEO, steps=3)

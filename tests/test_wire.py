@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from denoised.steps.wire import DesyncError, Parcel, Wire
 
@@ -67,7 +69,20 @@ def _layouts_that_change(wire: Wire) -> None:
 
 
 def _what_cannot_travel(wire: Wire) -> None:
-    assert "cannot travel" in wire.prepare({KEYS[0]: (torch.ones(1), object())})[KEYS[0]]
+    for tree in ((torch.ones(1), lambda: None), {"weights": torch.nn.Linear(1, 1)}, [torch.ones(1), threading.Lock()]):
+        assert "cannot travel" in wire.prepare({KEYS[0]: tree})[KEYS[0]], tree
+        assert not wire.carries(tree)
+
+
+def _objects(wire: Wire) -> None:
+    """What is no tree of tensors comes out as it was: encoders give distributions, and stores of keys and values."""
+    mean = torch.arange(16.0).reshape(1, 4, 2, 2) + 100 * wire.rank  # rank 0 is the sender of the first
+    made = {"dist": DiagonalGaussianDistribution(mean), "steps": 3}
+    assert wire.carries(made)
+    got = tick(wire, [made, torch.ones(1), {"text": "b", "more": (torch.zeros(2), 0.5)}])
+    found = got[0]["dist"]
+    assert (type(found), got[0]["steps"], got[2]["text"], got[2]["more"][1]) == (type(made["dist"]), 3, "b", 0.5)
+    assert torch.equal(found.mean.flatten(), torch.arange(8.0))
 
 
 def _disagreement(wire: Wire) -> None:
@@ -86,7 +101,7 @@ def _flags(wire: Wire) -> None:
 def test_two_ranks_stay_in_step_or_stop(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    bodies = [_layouts_that_change, _what_cannot_travel, _flags, _disagreement]
+    bodies = [_layouts_that_change, _what_cannot_travel, _objects, _flags, _disagreement]
     processes = [context.Process(target=_rank, args=(r, str(tmp_path / "s"), bodies, answers)) for r in range(2)]
     for process in processes:
         process.start()

@@ -86,6 +86,14 @@ class DiffusionParallelConfig:
         inside = (self.pipeline_parallel_size, self.ring_degree, self.ulysses_degree, self.tensor_parallel_size)
         return self.use_hsdp or max(*inside, self.vae_patch_parallel_size, self.text_encoder_tp_size) > 1
 
+    @property
+    def deals_components(self) -> bool:
+        """Whether the places of the cfg axis can run different encoder and VAE calls at once: they hold no collective
+        of ranks at several places."""
+        per_place = self.ranks_per_replica // self.cfg_parallel_size
+        inside = (self.vae_patch_parallel_size, self.text_encoder_tp_size)
+        return self.cfg_parallel_size > 1 and not self.use_hsdp and not any(per_place % size for size in inside)
+
     def formula(self) -> str:
         """The world size as a product with its numbers, for error messages."""
         product = " x ".join(f"{name} {size}" for name, size in self.axes.items())

@@ -62,6 +62,29 @@ def test_guided_and_unguided_requests_together(name: str) -> None:
     assert sum(rows) == expected, "every row is computed once"
 
 
+def test_encoders_and_vaes_of_requests_are_dealt_to_ranks() -> None:
+    """After the first of each form one rank runs it for both: as many calls in all as on one rank."""
+    requests = [as_omni(request_of("qwen_image", i), seed_of(i), "pil") for i in (0, 1, 2)] * 3
+    prompts = [f"{request['prompt']} {number}" for number, (request, _) in enumerate(requests)]
+    calls, media_of = {}, {}
+    for ranks in (1, 2):
+        with engine("qwen_image", ranks=ranks, deterministic=True) as omni:
+            omni.generate(*requests[0], use_tqdm=False)
+            asked = [request | {"prompt": prompt} for (request, _), prompt in zip(requests, prompts, strict=True)]
+            outputs = omni.generate(asked, [params for _, params in requests], use_tqdm=False)
+        receipts = [output.receipt for output in outputs if output.receipt is not None]
+        work = [work for receipt in receipts for work in receipt.ranks]
+        calls[ranks] = [sum(w.counts.get("component_calls", 0) for w in work if w.rank == r) for r in range(ranks)]
+        media_of[ranks] = [output.images[0].tobytes() for output in outputs]
+        hits = {receipt.encoder_cache_hits + receipt.encoder_cache_misses for receipt in receipts}
+        assert hits == {2}, "the prompt and the negative prompt"
+        assert all(receipt.stage_seconds["decode"] > 0 for receipt in receipts)
+        assert all(receipt.stage_peak_memory_mb["decode"] > 0 for receipt in receipts)
+    assert media_of[1] == media_of[2]
+    assert sum(calls[2]) == calls[1][0]
+    assert min(calls[2]) > 2, "both ranks run some"
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_several_images_of_a_prompt(ranks: int) -> None:
     """num_outputs_per_prompt: images are rows like any other."""

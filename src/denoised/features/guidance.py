@@ -17,10 +17,10 @@ from typing import Any, Protocol
 from denoised.errors import EngineError, one_line
 from denoised.steps import rows
 from denoised.steps.dealing import Placement, group
-from denoised.steps.forward import Call, Decision
+from denoised.steps.forward import Call, Decision, Stage
 from denoised.steps.rows import Piece, RowRules
 from denoised.steps.tally import count, counted
-from denoised.steps.wire import Parcel, Wire
+from denoised.steps.wire import Parcel
 
 CHANGED = (
     "an argument was changed in place after the call and before it was computed; set defer=False in the model's spec"
@@ -32,6 +32,7 @@ class Work:
     """What this rank did for one request: counted where forwards run. `counts` are those of `steps.tally`.
 
     decisions: what features decided for its rows, in order, each with its denoiser and branch.
+    peaks_mb: the most memory that was in use while one of its encoder and VAE calls ran, by stage.
     """
 
     forwards: int = 0
@@ -41,6 +42,11 @@ class Work:
     idle_seconds: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
     decisions: list[tuple[str, int, Decision]] = field(default_factory=list)
+    peaks_mb: dict[str, float] = field(default_factory=dict)
+
+    def rose_to(self, stage: Stage, mb: float) -> None:
+        """So much memory was in use while this stage ran."""
+        self.peaks_mb[stage.value] = max(self.peaks_mb.get(stage.value, 0.0), mb)
 
 
 class Stages(Protocol):
@@ -74,6 +80,7 @@ class Guidance:
         rules: how a call splits into rows.
         join: whether rows of different requests may share a forward.
         max_rows: rows of one joined forward at most.
+        sticky: rows stay on the rank that first ran them, where features remember what they need of them.
         lockstep: ranks of the cfg axis share weights that are gathered inside a forward, so that all must run the same
             number of forwards of each denoiser. A rank with less to do runs another's rows and drops the result.
         entangled: a forward holds collectives. One that requests share is then not tried again row by row when it
@@ -89,20 +96,27 @@ class Guidance:
         rank: int,
         join: bool,
         max_rows: int,
+        sticky: bool = True,
         lockstep: bool = False,
         entangled: bool = False,
         stages: Mapping[str, Stages] | None = None,
     ) -> None:
         self._rules, self._join, self._max_rows, self._rank = rules, join, max_rows, rank
         self._lockstep, self._entangled, self._stages = lockstep, entangled, dict(stages or {})
-        self.placement = Placement(num_ranks=num_ranks)
+        self.placement = Placement(num_ranks=num_ranks, sticky=sticky)
         self.work: dict[str, Work] = {}
         self._verdicts: dict[Any, bool] = {}
 
-    def run(self, calls: Sequence[Call]) -> Outcome:
-        """Deal `calls` and run this rank's part. Errors are kept, not raised: all ranks must agree on them first."""
+    def run(
+        self, calls: Sequence[Call], price: Callable[[Call], float] = rows.cost, taken: Sequence[float] = ()
+    ) -> Outcome:
+        """Deal `calls` and run this rank's part. Errors are kept, not raised: all ranks must agree on them first.
+
+        Args:
+            price, taken: of rows, and of what else each rank does in this tick, as `Placement.deal` takes them.
+        """
         changed = {call for call in calls if call.versions is not None and call.versions.changed}
-        pieces = self.placement.deal(calls, lambda call: call not in changed and self._splittable(call))
+        pieces = self.placement.deal(calls, lambda call: call not in changed and self._splittable(call), price, taken)
         outcome = Outcome(pieces=pieces, errors={p.key: CHANGED for _, p in pieces if p.call in changed})
         ranks = range(self.placement.num_ranks) if self._lockstep else (self._rank,)
         plans = {rank: self._groups([p for r, p in pieces if r == rank and p.call not in changed]) for rank in ranks}
@@ -142,13 +156,15 @@ class Guidance:
             program += [(g, True) for g in own] + [(g, False) for g in most[len(own) :]]
         return program
 
-    def finish(self, calls: Sequence[Call], outcome: Outcome, wire: Wire | None) -> dict[Call, Any]:
-        """Exchange predictions and put each call's rows together. Calls with a failed piece are left out."""
-        good = [(rank, piece) for rank, piece in outcome.pieces if piece.key not in outcome.errors]
-        outputs = outcome.outputs
-        if wire is not None:
-            parcels = [Parcel(rank=rank, key=piece.key) for rank, piece in good]
-            outputs = wire.exchange(parcels, {k: v for k, v in outputs.items() if k not in outcome.errors})
+    @staticmethod
+    def parcels(outcome: Outcome) -> list[Parcel]:
+        """What has to travel of it: the predictions of all pieces that did not fail."""
+        return [Parcel(rank=rank, key=p.key) for rank, p in outcome.pieces if p.key not in outcome.errors]
+
+    @staticmethod
+    def finish(calls: Sequence[Call], outcome: Outcome, outputs: Mapping[Any, Any]) -> dict[Call, Any]:
+        """Put each call's rows together, once `outputs` has those of all ranks. Calls with a failed piece are left
+        out."""
         results = {}
         for call in calls:
             parts = [piece for _, piece in outcome.pieces if piece.call is call]

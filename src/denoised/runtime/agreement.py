@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from denoised.features.guidance import Outcome
 from denoised.runtime.protocol import Command
 from denoised.runtime.results import InFlight
+from denoised.runtime.whole_calls import Whole
 from denoised.steps.forward import Call
 from denoised.steps.wire import DesyncError, Header, Wire
 
 # Seconds that a rank which failed waits for ranks that may be stuck in the forward it left, beyond thrice the longest.
 COMPANY_PATIENCE = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """Rank 0's commands, and for each rank the seconds that it ran calls, and that it worked at all."""
+
+    orders: list[Command]
+    ran: tuple[float, ...]
+    worked: tuple[float, ...]
 
 
 class Agreement:
@@ -29,44 +40,56 @@ class Agreement:
         self,
         calls: list[Call],
         ended: list[InFlight],
-        errors: dict[int, str],
+        whole: Whole,
         outcome: Outcome,
         commands: Callable[[], list[Command]],
-        busy: float,
-    ) -> tuple[list[Command], tuple[float, ...]]:
+        *,
+        ran: float,
+        worked: float,
+    ) -> Agreed:
         """Errors of any rank become errors of all; rank 0's commands, everyone's. Also how busy each rank was.
 
         Args:
-            calls, errors, outcome: of this tick. `errors` and those of `outcome` are added to.
+            calls, whole, outcome: of this tick. The errors of both are added to.
             ended: requests that ended in the tick before.
             commands: asked once, on rank 0.
-            busy: seconds of this tick.
+            ran, worked: seconds that this rank ran calls, and that it worked at all, since the last agreement.
 
         Raises:
             DesyncError: ranks do not do the same any more.
         """
-        self._longest = max(self._longest, busy)
+        self._longest = max(self._longest, ran)
         if self._wire is None:
-            return commands(), (busy,)
-        for key, problem in self._wire.prepare(outcome.outputs).items():
-            outcome.errors[key] = problem
+            return Agreed(orders=commands(), ran=(ran,), worked=(worked,))
+        self._prepare(self._wire, whole, outcome)
         orders = commands() if self._wire.rank == 0 else []
-        plan = ([_name(c) for c in calls], [(r, p.key) for r, p in outcome.pieces], [_end(f) for f in ended])
-        problems = [*errors.values(), *outcome.errors.values()]
-        header = self._header(self._wire, plan, problems, commands=bool(orders), busy=busy)
+        names, pieces = [_name(call) for call in calls], [(rank, piece.key) for rank, piece in outcome.pieces]
+        problems = [*whole.errors.values(), *outcome.errors.values()]
+        plan = (names, sorted(whole.away.items()), pieces, [_end(flight) for flight in ended])
+        header = self._header(self._wire, plan, problems, commands=bool(orders), ran=ran, worked=worked)
         if header.errors:
-            for other_errors, other_pieces in self._wire.gather_objects((errors, outcome.errors)):
-                errors.update(other_errors)
+            for other_errors, other_pieces in self._wire.gather_objects((whole.errors, outcome.errors)):
+                whole.errors.update(other_errors)
                 outcome.errors.update(other_pieces)
         if header.news:
             self._wire.learn_layouts()
-        return self._wire.from_first(orders) if header.commands else [], header.busy
+        orders = self._wire.from_first(orders) if header.commands else []
+        return Agreed(orders=orders, ran=header.ran, worked=header.worked)
 
-    def _header(self, wire: Wire, plan: Any, problems: list[str], *, commands: bool, busy: float) -> Header:
+    @staticmethod
+    def _prepare(wire: Wire, whole: Whole, outcome: Outcome) -> None:
+        """Take apart what will travel; what cannot is an error."""
+        for key, problem in wire.prepare({**whole.outputs, **outcome.outputs}).items():
+            if key in whole.outputs:
+                whole.errors[key[-1]] = problem
+            else:
+                outcome.errors[key] = problem
+
+    def _header(self, wire: Wire, plan: Any, problems: list[str], **told: Any) -> Header:
         patience = COMPANY_PATIENCE + 3 * self._longest if problems and self._entangled else None
         digest = zlib.crc32(repr(plan).encode())
         try:
-            return wire.header(digest=digest, errors=bool(problems), commands=commands, busy=busy, patience=patience)
+            return wire.header(digest=digest, errors=bool(problems), patience=patience, **told)
         except DesyncError as error:
             raise DesyncError(f"{error}: {problems[0]}" if problems else str(error)) from error
 

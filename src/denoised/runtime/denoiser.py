@@ -68,6 +68,7 @@ def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None, s
         rank=mesh.coordinate("cfg") if mesh is not None else 0,
         join=not config.deterministic,
         max_rows=MAX_JOINED_ROWS,
+        sticky=config.caches,
         lockstep=config.parallel_config.use_hsdp,
         entangled=config.parallel_config.is_entangled,
         stages=stages,

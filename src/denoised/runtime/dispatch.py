@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 
 from denoised.features.guidance import Guidance
 from denoised.request import Service
-from denoised.runtime.cost_model import CostModel, Load
+from denoised.runtime.cost_model import CostModel, Kind, Load
 from denoised.runtime.protocol import StepCost
 from denoised.runtime.results import InFlight
+from denoised.runtime.travels import Travels
 from denoised.runtime.turns import Part, Turn, Turns, Wish
 from denoised.steps import rows
 from denoised.steps.forward import Call, Stage
@@ -27,6 +28,7 @@ class Dispatch:
     Args:
         world_size: ranks of this engine; those at one place of the cfg axis are neighbours.
         join, max_rows, max_elements: as in `Turns`.
+        travels: encoder and VAE calls that one rank runs for all.
         num_stages: of the pipeline.
     """
 
@@ -39,8 +41,9 @@ class Dispatch:
         max_rows: int,
         num_stages: int = 1,
         max_elements: float = float("inf"),
+        travels: Travels,
     ) -> None:
-        self._guidance, self._world_size = guidance, world_size
+        self._guidance, self._world_size, self.travels = guidance, world_size, travels
         self._num_ranks = guidance.placement.num_ranks
         self.turns = Turns(
             num_ranks=self._num_ranks,
@@ -74,7 +77,9 @@ class Dispatch:
 
     def _wish(self, request_id: str, calls: Sequence[Call]) -> Wish:
         parts = tuple(self._part(call) for call in calls)
-        return Wish(request_id=request_id, parts=parts, whole=any(not is_denoising(call) for call in calls))
+        whole = [call for call in calls if not is_denoising(call)]
+        everywhere = not all(self.travels.knows(call) for call in whole)
+        return Wish(request_id=request_id, parts=parts, whole=bool(whole), everywhere=everywhere)
 
     def _part(self, call: Call) -> Part:
         if is_denoising(call):
@@ -92,23 +97,42 @@ class Dispatch:
         for wish in self.turn.wishes:
             self._wishes.pop(wish.request_id, None)
 
-    def _loads(self, calls: Sequence[Call], pieces: Sequence[tuple[int, Piece]]) -> list[list[Load]]:
+    def _parts(self, calls: Sequence[Call]) -> dict[Call, Part]:
         parts: dict[Call, Part] = {}
         for wish in self.turn.wishes:
             own = [call for call in calls if call.task_id == wish.request_id]
             parts |= dict(zip(own, wish.parts, strict=True))
-        whole = {
-            (parts[call].kind, call.task_id): Load(kind=parts[call].kind, requests=1, rows=1, size=parts[call].size)
-            for call in calls
-            if not is_denoising(call)
-        }
-        ranks = [dict(whole) for _ in range(self._num_ranks)]
+        return parts
+
+    def _loads(self, calls: Sequence[Call], pieces: Sequence[tuple[int, Piece]]) -> list[list[Load]]:
+        parts = self._parts(calls)
+        ranks: list[dict[tuple[Kind, str], Load]] = [{} for _ in range(self._num_ranks)]
+        for call in calls:
+            if not is_denoising(call):
+                load = Load(kind=parts[call].kind, requests=1, rows=1, size=parts[call].size)
+                for rank in self._ranks_of(call):
+                    ranks[rank][load.kind, call.task_id] = load
         for rank, piece in pieces:
             part = parts[piece.call]
             key = (part.kind, piece.call.task_id)
             before = ranks[rank][key].rows if key in ranks[rank] else 0
             ranks[rank][key] = Load(kind=part.kind, requests=1, rows=before + len(piece.rows), size=part.size)
         return [self.turns.joined(list(own.items())) for own in ranks]
+
+    def _ranks_of(self, call: Call) -> Iterable[int]:
+        places = dict(self.turn.places)
+        return (places[call.task_id],) if call.task_id in places else range(self._num_ranks)
+
+    def prices(self, calls: Sequence[Call]) -> dict[Call, float]:
+        """Predicted seconds of one row of each call of this turn."""
+        prices = self.turns.prices(self.turn.wishes)
+        return {call: prices[part.kind] for call, part in self._parts(calls).items()}
+
+    def taken(self) -> list[float]:
+        """Predicted seconds that each rank of the cfg axis spends in encoder and VAE calls in this turn."""
+        whole = {part.kind for wish in self.turn.wishes if wish.whole for part in wish.parts}
+        costs = self.turns.costs
+        return [sum(costs.seconds(load) for load in own if load.kind in whole) for own in self.turn.loads]
 
     def measured(self, seconds: float, busy: float) -> None:
         """A whole tick took so long, of which the busiest rank worked `busy`. Of this rank alone: for `costs` only."""

@@ -30,7 +30,7 @@ from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.profile import RankProfiler, stage
 from denoised.runtime.protocol import Command, LoraDone, Profiled, Ticked
 from denoised.runtime.results import CallError, InFlight, failed, output
-from denoised.runtime.whole_calls import WholeCalls
+from denoised.runtime.whole_calls import Whole, WholeCalls
 from denoised.steps.forward import Call, Stage
 from denoised.steps.wire import Wire
 
@@ -62,7 +62,9 @@ class Engine:
         self._agreement = Agreement(wire, entangled=entangled)
         self._dispatch, self._advised = dispatch, advised
         self._meter = RankMeter(dispatch, wire.size if wire is not None else 1)
-        self._whole_calls = WholeCalls(cache, guidance, self._meter, info)
+        place = wire.place if wire is not None else 0
+        self._whole_calls = WholeCalls(cache, guidance, self._meter, info, dispatch.travels, place)
+        self._afterwards = 0.0  # seconds that the last tick worked on after its exchange
         self._in_flight: dict[str, InFlight] = {}
         self._ended: list[InFlight] = []
         self._events: list[EngineEvent] = []
@@ -80,27 +82,30 @@ class Engine:
         atomic = [call for call in calls if call.target.stage is not Stage.DENOISE]
         denoise = [call for call in calls if call.target.stage is Stage.DENOISE]
         began = time.perf_counter()
-        values, errors = self._whole_calls.run(atomic, self._in_flight)
+        whole = self._whole_calls.run(atomic, self._in_flight, dict(self._dispatch.turn.places))
         started = time.perf_counter()
         with stage("denoise"), HighWater() as high:
-            outcome = self._guidance.run(denoise)
-        busy = time.perf_counter() - began if calls else 0.0
+            outcome = self._guidance.run(denoise, self._dispatch.prices(calls).__getitem__, self._dispatch.taken())
+        ran = time.perf_counter() - began if calls else 0.0
+        worked = ran + self._afterwards
         with stage("agree"):
-            orders, everyone_busy = self._agreement.reach(calls, self._ended, errors, outcome, commands, busy)
+            agreed = self._agreement.reach(calls, self._ended, whole, outcome, commands, ran=ran, worked=worked)
         self._finish()
         with stage("exchange"):
-            values |= self._guidance.finish(denoise, outcome, self._wire)
-        self._charge(denoise, time.perf_counter() - started, high.mb)
-        self._resolve(calls, values, errors, outcome)
+            values = self._exchange(denoise, whole, outcome)
+        exchanged = time.perf_counter()
+        self._charge(denoise, exchanged - started, high.mb)
+        self._resolve(calls, values, whole.errors, outcome)
         with stage("advance"):
             self._advance(chosen)
-        self._dispatch.ran(calls, outcome.pieces, everyone_busy)
-        for order in orders:
+        self._dispatch.ran(calls, outcome.pieces, agreed.ran)
+        for order in agreed.orders:
             self._obey(order)
         self._drop_orphans()
         self._dispatch.choose(self._in_flight.values())
+        self._afterwards = time.perf_counter() - exchanged if calls else 0.0
         if calls:
-            self._meter.tick(time.perf_counter() - began, everyone_busy)
+            self._meter.tick(time.perf_counter() - began, ran=agreed.ran, worked=agreed.worked)
         self._meter.loras = self._runway.adapters.num_loaded
         self._meter.lora_mb = self._runway.adapters.num_bytes / 2**20
         self._events += self._meter.word(idle=self.idle)
@@ -108,6 +113,16 @@ class Engine:
         return events
 
     # ---- running
+
+    def _exchange(self, denoise: list[Call], whole: Whole, outcome: Outcome) -> dict[Call, Any]:
+        """The values of all calls that did not fail, on every rank."""
+        outputs = {**whole.outputs, **outcome.outputs}
+        if self._wire is not None:
+            parcels = [*whole.parcels(), *self._guidance.parcels(outcome)]
+            sent = {parcel.key for parcel in parcels}
+            outputs = self._wire.exchange(parcels, {key: value for key, value in outputs.items() if key in sent})
+        settled = self._whole_calls.settle(whole, outputs, self._in_flight)
+        return settled | self._guidance.finish(denoise, outcome, outputs)
 
     def _charge(self, calls: list[Call], seconds: float, peak_mb: float) -> None:
         for task_id in {call.task_id for call in calls}:

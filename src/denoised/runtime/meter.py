@@ -27,14 +27,14 @@ class RankMeter:
         self._busy = [0.0] * world_size
         self.loras, self.lora_mb = 0, 0.0
 
-    def tick(self, seconds: float, busy: Sequence[float]) -> None:
-        """A tick that had work."""
+    def tick(self, seconds: float, *, ran: Sequence[float], worked: Sequence[float]) -> None:
+        """A tick that had work: by rank, seconds in which it ran calls, and in which it worked at all."""
         self._news = True
         self.counts["ticks_total"] += 1
         self._seconds += seconds
         self._longest = max(self._longest, seconds)
-        self._busy = [sum(pair) for pair in zip(self._busy, busy, strict=True)]
-        self._dispatch.measured(seconds, max(busy))
+        self._busy = [sum(pair) for pair in zip(self._busy, worked, strict=True)]
+        self._dispatch.measured(seconds, max(ran))
 
     def stage(self, name: str, seconds: float) -> None:
         self._stages[str(name)] = self._stages.get(str(name), 0.0) + seconds

@@ -133,12 +133,18 @@ def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str
         encoder_cache_misses=flight.cache_misses,
         stage_seconds={name: round(seconds, 6) for name, seconds in flight.seconds.items()},
         peak_memory_mb=memory.peak_mb(),
-        stage_peak_memory_mb={name: round(mb, 1) for name, mb in flight.peaks_mb.items()},
+        stage_peak_memory_mb=_peaks([flight.peaks_mb, *(did.peaks_mb for did in work)]),
         versions=memory.versions(),
         cache=cached,
         loras=flight.loras,
         notes=[*flight.task.notes, *_inert(work), *cache_report.inert(cached), *_unkept(flight)],
     )
+
+
+def _peaks(found: list[dict[str, float]]) -> dict[str, float]:
+    """The highest of each stage."""
+    names = [stage.value for stage in Stage if any(stage.value in peaks for peaks in found)]
+    return {name: round(max(peaks.get(name, 0.0) for peaks in found), 1) for name in names}
 
 
 def _inert(work: list[Work]) -> list[str]:

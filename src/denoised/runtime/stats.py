@@ -30,8 +30,8 @@ class Spread:
 class Work:
     """What one replica's ranks did since they were first started.
 
-    busy_seconds: by rank, spent in encoders, denoiser forwards and VAEs. tick_seconds: of all ticks that had work;
-    longest_tick: of one of them.
+    busy_seconds: by rank, that it worked (encoders, denoiser forwards, VAEs, programs) and did not wait for another.
+    tick_seconds: of all ticks that had work; longest_tick: of one of them.
     steps: denoising steps of all requests. rows_joined: those that shared a forward with another request's.
     stage_seconds: encode, denoise, decode, on rank 0. waits: ticks in which a request in flight had to wait its turn.
     """

@@ -4,8 +4,9 @@ One request leads: of the highest priority, the one whose tenant, and which itse
 along where that is predicted to be quicker than taking turns: rows of one kind that share a forward, and rows for
 ranks that would be idle. All the rest keep their pending calls and wait.
 
-Encoder and VAE calls run by themselves, one request at a time; those that are shorter than a step go first, within
-what one step takes, so that requests that came together meet in their first step.
+Encoder and VAE calls that every rank runs have a tick of their own, one request at a time; those that one rank runs
+share it with others' calls and rows on the other ranks. Those that are shorter than a step go first, within what one
+step takes, so that requests that came together meet in their first step.
 
 Pure Python: no torch, no clock. Seconds come in as measured.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from denoised.request import Service
@@ -42,15 +43,30 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What a request asks for next. `whole`: an encoder or VAE call, which every rank runs."""
+    """What a request asks for next. `whole`: an encoder or VAE call, which one rank runs, or `everywhere`: each."""
 
     request_id: str
     parts: tuple[Part, ...]
     whole: bool = False
+    everywhere: bool = True
 
     @property
     def elements(self) -> int:
         return sum(part.size * len(part.homes) for part in self.parts)
+
+
+@dataclass(kw_only=True)
+class _Desk:
+    """What one rank would run, by kind and request; the seconds if nothing of it is joined."""
+
+    loads: dict[tuple[Kind, str], Load] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def take(self, wish: Wish, part: Part, price: float) -> None:
+        key = (part.kind, wish.request_id)
+        rows = self.loads[key].rows + 1 if key in self.loads else 1
+        self.loads[key] = Load(kind=part.kind, requests=1, rows=rows, size=part.size)
+        self.seconds += price
 
 
 @dataclass(kw_only=True)
@@ -64,11 +80,13 @@ class _Seat:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """The choice: who runs, what each rank runs, and what it is predicted to take. `known`: all of it was measured
-    before, so that a tick that takes far longer is a hang."""
+    """The choice: who runs, what each rank runs, and what it is predicted to take. `places`: the ranks of encoder and
+    VAE calls that only one runs, by request. `known`: all of it was measured before, so that a tick that takes far
+    longer is a hang."""
 
     wishes: tuple[Wish, ...] = ()
     loads: tuple[tuple[Load, ...], ...] = ()
+    places: tuple[tuple[str, int], ...] = ()
     seconds: float = 0.0
     known: bool = True
 
@@ -124,11 +142,11 @@ class Turns:
         step = max((turn.seconds if turn.known else math.inf for turn in steps), default=0.0)
         order = sorted(wishes, key=lambda wish: self._rank(wish, step))
         turn = self._turn(order[:1])
-        if order[0].whole:
+        if order[0].whole and order[0].everywhere:
             return turn
         longest = STRETCH * turn.seconds
         for wish in order[1:]:
-            if not wish.whole:
+            if not (wish.whole and wish.everywhere):
                 turn = self._with(turn, wish, longest)
         return turn
 
@@ -188,22 +206,41 @@ class Turns:
         )
 
     def _turn(self, wishes: Sequence[Wish]) -> Turn:
-        loads = self._loads(wishes)
+        desks = [_Desk() for _ in range(self.num_ranks)]
+        places = tuple(self._dealt(desks, wishes))
+        loads = [self.joined(list(desk.loads.items())) for desk in desks]
         seconds = max(self.costs.rank_seconds(own) for own in loads)
         known = all(self.costs.knows(load) for own in loads for load in own)
-        return Turn(wishes=tuple(wishes), loads=tuple(map(tuple, loads)), seconds=seconds, known=known)
+        return Turn(wishes=tuple(wishes), loads=tuple(map(tuple, loads)), places=places, seconds=seconds, known=known)
 
-    def _loads(self, wishes: Sequence[Wish]) -> list[list[Load]]:
-        """What each rank would run. Rows without a place go where the least is."""
-        ranks: list[dict[tuple[Kind, str], Load]] = [{} for _ in range(self.num_ranks)]
-        for wish in wishes:
-            for part in wish.parts:
-                for home in range(self.num_ranks) if wish.whole else part.homes:
-                    place = home if home is not None else _least(ranks)
-                    key = (part.kind, wish.request_id)
-                    rows = ranks[place][key].rows + 1 if key in ranks[place] else 1
-                    ranks[place][key] = Load(kind=part.kind, requests=1, rows=rows, size=part.size)
-        return [self.joined(list(own.items())) for own in ranks]
+    def _dealt(self, desks: list[_Desk], wishes: Sequence[Wish]) -> Iterator[tuple[str, int]]:
+        """Give ranks what they would run: what has no place goes where the least is, the longest first, as
+        `Placement` does it; the ranks of calls that one of them runs whole."""
+        prices = self.prices(wishes)
+        parts = [(prices[part.kind], wish, part) for wish in wishes for part in wish.parts]
+        for price, wish, part in sorted(parts, key=lambda item: (not item[1].whole, -item[0])):
+            if wish.whole and wish.everywhere:
+                for desk in desks:
+                    desk.take(wish, part, price)
+                continue
+            for home in part.homes:
+                place = min(range(self.num_ranks), key=lambda rank: desks[rank].seconds) if home is None else home
+                desks[place].take(wish, part, price)
+                if wish.whole:
+                    yield wish.request_id, place
+
+    def prices(self, wishes: Sequence[Wish]) -> dict[Kind, float]:
+        """Seconds of one row of each kind, or of a whole call, if these run together: joined rows take less each."""
+        parts = [(wish.request_id, part) for wish in wishes for part in wish.parts]
+        found: dict[Kind, float] = {}
+        for kind in {part.kind: None for _, part in parts}:
+            alike = [(request_id, part) for request_id, part in parts if part.kind == kind]
+            requests = len({request_id for request_id, _ in alike})
+            rows = max(1, sum(len(part.homes) for _, part in alike) // self.num_ranks)
+            together = min(requests, rows) if self.join else 1
+            load = Load(kind=kind, requests=together, rows=rows, size=alike[0][1].size)
+            found[kind] = self.costs.seconds(load) / rows
+        return found
 
     def joined(self, own: Sequence[tuple[tuple[Kind, str], Load]]) -> list[Load]:
         """Loads of one rank, by kind and request, as its forwards are: of one kind together, if rows may be joined."""
@@ -224,11 +261,6 @@ class Turns:
             self._tenants.charge(seat.service.tenant, seconds, seat.service.weight)
 
 
-def _least(ranks: Sequence[dict[tuple[Kind, str], Load]]) -> int:
-    work = [sum(load.rows * load.size for load in own.values()) for own in ranks]
-    return work.index(min(work))
-
-
 def _unplaced(wish: Wish, number: int) -> Wish:
     parts = tuple(Part(kind=p.kind, size=p.size, homes=(None,) * len(p.homes)) for p in wish.parts)
-    return Wish(request_id=f"{wish.request_id}+{number}", parts=parts, whole=wish.whole)
+    return Wish(request_id=f"{wish.request_id}+{number}", parts=parts, whole=wish.whole, everywhere=wish.everywhere)

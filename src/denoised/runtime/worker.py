@@ -36,6 +36,7 @@ from denoised.runtime.failures import kind_of_text
 from denoised.runtime.flights import Runway
 from denoised.runtime.mesh import Mesh
 from denoised.runtime.protocol import Channel, Command, Failed, RankSpec, Ready
+from denoised.runtime.travels import Travels
 from denoised.spec.registry import resolve
 from denoised.steps import boards
 from denoised.steps.current import current_task
@@ -117,6 +118,7 @@ def start(spec: RankSpec, channel: Channel) -> Engine:
             max_rows=denoiser.MAX_JOINED_ROWS,
             num_stages=spec.config.parallel_config.pipeline_parallel_size,
             max_elements=_agreed(footprint.max_elements(info.footprint), wire),
+            travels=Travels(wire if spec.config.parallel_config.deals_components else None),
         ),
         entangled=spec.config.parallel_config.is_entangled,
         advised=functools.partial(rescue.advised, config=spec.config),

@@ -17,39 +17,66 @@ Key = tuple[str, int, int]
 
 @dataclass(kw_only=True)
 class Placement:
-    """Which rank of the cfg axis a row lives on, for the life of its request: its caches are there.
+    """Which rank of the cfg axis a row runs on: that with the least work. A call stays whole unless it is more than a
+    rank's fair share.
 
-    New rows go to the rank with the least work. A call stays whole unless it is more than a rank's fair share.
+    sticky: a row lives on its rank for the life of its request, for what caches remember of it is there. Otherwise
+        rows are dealt anew in each tick, the longest first, around what else ranks have to do in it.
     """
 
     num_ranks: int
+    sticky: bool = True
     _rank: dict[Key, int] = field(default_factory=dict)
-    _cost: dict[Key, int] = field(default_factory=dict)
+    _cost: dict[Key, float] = field(default_factory=dict)
+    _bound: set[str] = field(default_factory=set)
+    _taken: Sequence[float] = ()
 
-    def deal(self, calls: Sequence[Call], splittable: Callable[[Call], bool]) -> list[tuple[int, Piece]]:
-        """Rank and piece for all rows of the calls of a tick. A call that cannot be split stays whole."""
-        total = sum(cost(call) * batch_size(call) for call in calls)
-        return [
-            item
-            for call in calls
-            for item in self._pieces(
-                call, whole=cost(call) * batch_size(call) * self.num_ranks <= total, splittable=splittable
-            )
-        ]
+    def deal(
+        self,
+        calls: Sequence[Call],
+        splittable: Callable[[Call], bool],
+        price: Callable[[Call], float] = cost,
+        taken: Sequence[float] = (),
+    ) -> list[tuple[int, Piece]]:
+        """Rank and piece for all rows of the calls of a tick. A call that cannot be split stays whole.
+
+        Args:
+            price: of one row of a call.
+            taken: what each rank has to do besides, in the same unit; it does not move rows that live on a rank.
+        """
+        order = list(calls) if self.sticky else sorted(calls, key=lambda call: -price(call))
+        if not self.sticky:
+            self._start_anew(taken)
+        total = sum(self._taken) + sum(price(call) * batch_size(call) for call in calls)
+        pieces = {}
+        for call in order:
+            own = price(call)
+            whole = own * batch_size(call) * self.num_ranks <= total
+            pieces[call] = self._pieces(call, own, whole=whole, splittable=splittable)
+        return [item for call in calls for item in pieces[call]]
+
+    def _start_anew(self, taken: Sequence[float]) -> None:
+        """Only calls that are bound to a rank stay where they are."""
+        self._rank = {key: rank for key, rank in self._rank.items() if key[0] in self._bound}
+        self._cost, self._taken = {}, taken
 
     def homes(self, call: Call) -> tuple[int | None, ...]:
-        """The rank of each row, None where it was never run."""
+        """The rank of each row, None where it may be any."""
+        if not self.sticky and call.task_id not in self._bound:
+            return (None,) * batch_size(call)
         return tuple(self._rank.get((call.task_id, call.branch, row)) for row in range(batch_size(call)))
 
-    def _pieces(self, call: Call, *, whole: bool, splittable: Callable[[Call], bool]) -> list[tuple[int, Piece]]:
+    def _pieces(
+        self, call: Call, price: float, *, whole: bool, splittable: Callable[[Call], bool]
+    ) -> list[tuple[int, Piece]]:
         batch = batch_size(call)
         keys = [(call.task_id, call.branch, row) for row in range(batch)]
         if call.stateful:
-            return [(self._only_home(keys, cost(call)), Piece(call=call, rows=tuple(range(batch)), batch=batch))]
+            return [(self._only_home(keys, price), Piece(call=call, rows=tuple(range(batch)), batch=batch))]
         divisible = not whole and splittable(call)  # asking may cost a forward, so only where it matters
         for key in keys:
             if key not in self._rank:
-                self._place(key, None if divisible else self._rank.get(keys[0]), cost(call))
+                self._place(key, None if divisible else self._rank.get(keys[0]), price)
         homes = sorted({self._rank[key] for key in keys})
         if not divisible and not whole:
             homes = [self._rank[keys[0]]]
@@ -58,24 +85,29 @@ class Placement:
             rows[homes[0]] = tuple(range(batch))
         return [(home, Piece(call=call, rows=rows[home], batch=batch)) for home in homes]
 
-    def _only_home(self, keys: list[Key], work: int) -> int:
+    def _only_home(self, keys: list[Key], work: float) -> int:
         """Where the request's first row is: a call that is given a store runs where the store was filled."""
+        self._bound.add(keys[0][0])
         home = next((rank for key, rank in self._rank.items() if key[0] == keys[0][0]), None)
         for key in keys:
             self._place(key, home, work)
             home = self._rank[key]
         return self._rank[keys[0]]
 
-    def _place(self, key: Key, home: int | None, work: int) -> None:
-        loads = [sum(c for k, c in self._cost.items() if self._rank[k] == rank) for rank in range(self.num_ranks)]
+    def _place(self, key: Key, home: int | None, work: float) -> None:
+        loads = [self._load(rank) for rank in range(self.num_ranks)]
         self._rank[key] = loads.index(min(loads)) if home is None else home
         self._cost[key] = work
 
+    def _load(self, rank: int) -> float:
+        taken = self._taken[rank] if self._taken else 0.0
+        return taken + sum(cost for key, cost in self._cost.items() if self._rank[key] == rank)
+
     def release(self, task_id: str) -> None:
         """Forget the rows of a finished request."""
-        for table in (self._rank, self._cost):
-            for key in [k for k in table if k[0] == task_id]:
-                del table[key]
+        self._rank = {key: rank for key, rank in self._rank.items() if key[0] != task_id}
+        self._cost = {key: cost for key, cost in self._cost.items() if key[0] != task_id}
+        self._bound.discard(task_id)
 
 
 def group(

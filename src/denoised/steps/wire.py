@@ -7,7 +7,6 @@ exchange: ranks that do not agree stop at once (`DesyncError`) instead of waitin
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from denoised.errors import EngineError
+from denoised.steps import apart
 from denoised.steps.boards import board_of
 from denoised.steps.collectives import gather_list
 
@@ -28,24 +28,13 @@ class DesyncError(EngineError):
 @dataclass(frozen=True, kw_only=True)
 class Header:
     """What all ranks said: whether any had errors, or outputs whose layout is news; whether rank 0 has commands; and
-    the seconds that each was busy since the last one, equal on all."""
+    the seconds that each ran calls since the last one, and those that it worked at all: equal on all."""
 
     errors: bool
     news: bool
     commands: bool
-    busy: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """The structure of an output: the tree with a number in place of each tensor, and shape and dtype of each."""
-
-    skeleton: Any
-    shapes: tuple[tuple[tuple[int, ...], torch.dtype], ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.shapes)
+    ran: tuple[float, ...]
+    worked: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,36 +52,53 @@ class Wire:
     def __init__(self, *, control: dist.ProcessGroup, data: dist.ProcessGroup, device: torch.device) -> None:
         self._control, self._data, self._device = control, data, device
         self.rank, self.size = dist.get_rank(control), dist.get_world_size(control)
-        self._place, self._num_places = dist.get_rank(data), dist.get_world_size(data)
-        self._layouts: dict[Key, Layout] = {}
+        self.place, self._num_places = dist.get_rank(data), dist.get_world_size(data)
+        self._layouts: dict[Key, apart.Layout] = {}
         self._flat: dict[Key, tuple[list[torch.Tensor], Any]] = {}
         self.num_exchanges = 0
+
+    def carries(self, tree: Any) -> bool:
+        """Whether `tree` can travel, and comes out as what it was."""
+        try:
+            leaves, _ = apart.flatten(tree)
+        except TypeError:
+            return False
+        here = self._device.type
+        return all(x.device.type == here and x.layout == torch.strided and not x.requires_grad for x in leaves)
 
     def prepare(self, outputs: dict[Key, Any]) -> dict[Key, str]:
         """Take this rank's outputs apart for the next exchange; why some of them cannot travel."""
         self._flat, problems = {}, {}
         for key, tree in outputs.items():
             try:
-                self._flat[key] = _flatten(tree)
+                self._flat[key] = apart.flatten(tree)
             except TypeError as error:
                 problems[key] = str(error)
         return problems
 
     def header(
-        self, *, digest: int, errors: bool, commands: bool, busy: float = 0.0, patience: float | None = None
+        self,
+        *,
+        digest: int,
+        errors: bool,
+        commands: bool,
+        ran: float = 0.0,
+        worked: float = 0.0,
+        patience: float | None = None,
     ) -> Header:
         """Agree on what comes next.
 
         Args:
-            busy: seconds that this rank worked.
+            ran, worked: seconds of this rank.
             patience: seconds to wait for the others, where they may be stuck in a forward that failed here.
 
         Raises:
             DesyncError: the digests differ, or the others did not come in time.
         """
         # The sender knows whether a layout is news: what others remember is what it told them.
-        news = any(self._layouts.get(key) != _layout(*flat) for key, flat in self._flat.items())
-        mine = torch.tensor([digest, errors, commands, news, round(busy * 1e6)], dtype=torch.int64)
+        news = any(self._layouts.get(key) != apart.layout(*flat) for key, flat in self._flat.items())
+        times = (round(ran * 1e6), round(worked * 1e6))
+        mine = torch.tensor([digest, errors, commands, news, *times], dtype=torch.int64)
         table = [row.tolist() for row in self._told(mine, patience)]
         if any(row[0] != digest for row in table):
             raise DesyncError(f"rank {self.rank}: ranks disagree about the next exchange")
@@ -100,7 +106,8 @@ class Wire:
             errors=any(bool(row[1]) for row in table),
             news=any(bool(row[3]) for row in table),
             commands=bool(table[0][2]),
-            busy=tuple(row[4] / 1e6 for row in table),
+            ran=tuple(row[4] / 1e6 for row in table),
+            worked=tuple(row[5] / 1e6 for row in table),
         )
 
     def _told(self, mine: torch.Tensor, patience: float | None) -> list[torch.Tensor]:
@@ -136,7 +143,7 @@ class Wire:
 
     def learn_layouts(self) -> None:
         """Layouts of all ranks' prepared outputs; they travel only when a header says that there are new ones."""
-        for table in self.gather_objects({key: _layout(*flat) for key, flat in self._flat.items()}):
+        for table in self.gather_objects({key: apart.layout(*flat) for key, flat in self._flat.items()}):
             self._layouts.update(table)
 
     def forget(self, task_id: str) -> None:
@@ -150,7 +157,7 @@ class Wire:
         places = range(self._num_places)
         sizes = [sum(self._layouts[p.key].num_bytes for p in parcels if p.rank == r) for r in places]
         send = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
-        self._pack(send, [leaf for p in parcels if p.rank == self._place for leaf in self._flat[p.key][0]])
+        self._pack(send, [leaf for p in parcels if p.rank == self.place for leaf in self._flat[p.key][0]])
         self._flat = {}
         received = gather_list(send, self._data)
         self.num_exchanges += 1
@@ -168,46 +175,7 @@ class Wire:
         offsets, result = [0] * self._num_places, {}
         for parcel in parcels:
             layout = self._layouts[parcel.key]
-            if parcel.rank != self._place:
-                result[parcel.key] = _tree(layout, received[parcel.rank], offsets[parcel.rank])
+            if parcel.rank != self.place:
+                result[parcel.key] = apart.together(layout, received[parcel.rank], offsets[parcel.rank])
             offsets[parcel.rank] += layout.num_bytes
         return result
-
-
-def _flatten(tree: Any) -> tuple[list[torch.Tensor], Any]:
-    """The tensors of a tree in order, and the tree with their numbers in their places."""
-    leaves: list[torch.Tensor] = []
-
-    def number(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            leaves.append(value)
-            return len(leaves) - 1
-        if value is None:
-            return None
-        raise TypeError(f"a denoiser's output holds a {type(value).__name__}, which cannot travel between ranks")
-
-    return leaves, _mapped(tree, number)
-
-
-def _mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """`function` over the leaves of lists, tuples, dicts and model outputs."""
-    if type(tree) in (list, tuple):
-        return type(tree)(_mapped(item, function) for item in tree)
-    if isinstance(tree, dict):
-        items = {key: _mapped(item, function) for key, item in tree.items()}
-        return items if type(tree) is dict else type(tree)(**items)
-    return function(tree)
-
-
-def _layout(leaves: list[torch.Tensor], skeleton: Any) -> Layout:
-    return Layout(skeleton=skeleton, shapes=tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves))
-
-
-def _tree(layout: Layout, buffer: torch.Tensor, start: int) -> Any:
-    leaves = []
-    for shape, dtype in layout.shapes:
-        num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        # A copy of its own: a view might start at a byte that the dtype is not aligned to.
-        leaves.append(buffer[start : start + num_bytes].clone().view(dtype).reshape(shape))
-        start += num_bytes
-    return _mapped(layout.skeleton, lambda number: None if number is None else leaves[number])
