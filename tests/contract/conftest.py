@@ -1,4 +1,4 @@
-"""Collects which cell of the support table passed; `--support FILE` writes it."""
+"""Collects which cell of the support table passed; `--support FILE` adds it to that file."""
 
 from __future__ import annotations
 
@@ -35,8 +35,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--support")
     if path and _results:
-        table = {MODELS[name]: _in_order(_results[name]) for name in ORDER if name in _results}
-        Path(path).write_text(json.dumps(table, indent=1) + "\n")
+        Path(path).write_text(json.dumps(_with_earlier(Path(path)), indent=1) + "\n")
+
+
+def _with_earlier(path: Path) -> dict[str, dict[str, str]]:
+    """What the file has, and what was found now: parts of a long run may come one after another."""
+    earlier = json.loads(path.read_text()) if path.exists() and path.read_text() else {}
+    found = {MODELS[name]: cells for name, cells in _results.items()}
+    rows = [MODELS[name] for name in ORDER if MODELS[name] in earlier or MODELS[name] in found]
+    return {row: _in_order({**earlier.get(row, {}), **found.get(row, {})}) for row in rows}
 
 
 def _in_order(cells: dict[str, str]) -> dict[str, str]:
