@@ -41,10 +41,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, sc
 
 def merge(a: Part, b: Part) -> Part:
     """The answer over the keys of both."""
-    lse = torch.logaddexp(a.lse, b.lse)
-    seen = torch.where(torch.isneginf(lse), 0.0, lse)  # -inf minus -inf would be no number
-    weights = [torch.exp(part.lse - seen).unsqueeze(-1) for part in (a, b)]
-    return Part(out=a.out * weights[0] + b.out * weights[1], lse=lse)
+    # The weight of b is exp(b) / (exp(a) + exp(b)); -inf minus -inf is no number, and both answers are 0 there.
+    share = torch.sigmoid(torch.nan_to_num(b.lse - a.lse, nan=0.0)).unsqueeze(-1)
+    return Part(out=torch.lerp(a.out, b.out, share), lse=torch.logaddexp(a.lse, b.lse))
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
