@@ -28,6 +28,8 @@ from denoised.runtime.protocol import StepCost
 
 # Rows of another kind that fill idle ranks may make a tick this much longer than the leader's own.
 STRETCH = 2.0
+# Seconds that a second of earlier work counts for, when ranks are compared.
+FAVOUR = 1e-6
 # How many requests alike costs are told for: what an engine has in flight, as a rule.
 CROWD = 8
 
@@ -57,7 +59,7 @@ class Wish:
 
 @dataclass(kw_only=True)
 class _Desk:
-    """What one rank would run, by kind and request; the seconds if nothing of it is joined."""
+    """What one rank would run, by kind and request; about the seconds of it."""
 
     loads: dict[tuple[Kind, str], Load] = field(default_factory=dict)
     seconds: float = 0.0
@@ -113,6 +115,10 @@ class Turns:
     _requests: dict[str, FairClock] = field(default_factory=dict)
     _count: int = 0
     _solo: dict[str, float] = field(default_factory=dict)
+    _had: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._had = [0.0] * self.num_ranks
 
     def enter(self, request_id: str, service: Service) -> None:
         """A request was admitted."""
@@ -155,6 +161,7 @@ class Turns:
         for own, seconds in zip(loads, busy, strict=True):
             if own:
                 self.costs.learn(own, seconds)
+        self._had = [had + seconds for had, seconds in zip(self._had, busy, strict=True)]
         total = sum(busy)
         weights = [self._solo[wish.request_id] for wish in turn.wishes]
         for wish, weight in zip(turn.wishes, weights, strict=True):
@@ -206,7 +213,7 @@ class Turns:
         )
 
     def _turn(self, wishes: Sequence[Wish]) -> Turn:
-        desks = [_Desk() for _ in range(self.num_ranks)]
+        desks = [_Desk(seconds=favour) for favour in self.favours()]
         places = tuple(self._dealt(desks, wishes))
         loads = [self.joined(list(desk.loads.items())) for desk in desks]
         seconds = max(self.costs.rank_seconds(own) for own in loads)
@@ -228,6 +235,11 @@ class Turns:
                 desks[place].take(wish, part, price)
                 if wish.whole:
                     yield wish.request_id, place
+
+    def favours(self) -> list[float]:
+        """Next to nothing for each rank, the more the longer it has worked: of equal ranks the next is another one."""
+        least = min(self._had)
+        return [FAVOUR * (had - least) for had in self._had]
 
     def prices(self, wishes: Sequence[Wish]) -> dict[Kind, float]:
         """Seconds of one row of each kind, or of a whole call, if these run together: joined rows take less each."""
