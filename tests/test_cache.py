@@ -18,11 +18,8 @@ from denoised.features.cache.fitting import fitted
 from denoised.features.cache.masks import MASKS, mask
 from denoised.features.cache.policies import kinds
 from denoised.features.cache.policy import Past, Policy, Step
-from denoised.features.cache.rows import Batch, Unit, units
-from denoised.features.cache.trees import filled, leaves, places, skeleton
 from denoised.rules import validate
 from denoised.spec.caches import PUBLISHED, published
-from denoised.steps.forward import Call
 
 
 def steps(policy: Policy, change: list[float | None], *, possible: bool = True) -> str:
@@ -101,6 +98,14 @@ def test_cache_dit_warms_up_and_keeps_its_limits() -> None:
     assert steps(policy_of("cache_dit", base), [0.1] * 8, possible=False) == "1" * 8
 
 
+def test_a_warm_up_may_be_a_share_of_the_steps() -> None:
+    """The larger of number and share counts; half a step is one."""
+    for backend, own in (("cache_dit", {"max_continuous_cached_steps": -1}), ("tea_cache", {"coefficients": [0.0]})):
+        policy = policy_of(backend, own | {"max_warmup_steps": 2, "warmup_ratio": 0.3})
+        found = [len(steps(policy, [0.0] * num).split("0")[0]) for num in (4, 5, 6, 10, 15, 50)]
+        assert found == [2, 2, 2, 3, 5, 15], backend
+
+
 def test_masks_override_warm_up_and_static_ones_ask_nobody() -> None:
     settings = {"scm_steps_mask_policy": "fast", "max_warmup_steps": 1, "scm_steps_policy": "static"}
     written = "".join("01"[on] for on in mask("fast", 20))
@@ -175,48 +180,6 @@ def test_changes_are_of_all_tensors_and_of_what_both_have() -> None:
     assert magnitude([torch.ones(4)], [torch.full((4,), 3.0)], None) == 3.0
     with pytest.raises(EngineError, match="was kept"):
         fitted(torch.ones(1, 2, 3), (1, 3, 4))
-
-
-def test_rows_are_found_along_their_dim() -> None:
-    batch = Batch(2)
-    parts = units([(_call(), (0, 1))], by_row=True)
-    for shape in ((2, 5, 3), (5, 2, 3), (6, 5, 3)):
-        whole = torch.arange(float(np.prod(shape))).reshape(shape)
-        rows = [batch.of(unit, whole) for unit in parts]
-        assert torch.equal(batch.joined(rows, whole), whole), shape
-        assert [row.numel() for row in rows] == [whole.numel() // 2] * 2
-
-
-def test_a_row_starts_anew_when_its_call_looks_otherwise() -> None:
-    state: dict[str, Any] = {}
-
-    def unit(step: int, **kwargs: Any) -> Unit:
-        call = _call(state=state, step=step, **kwargs)
-        (found,) = units([(call, (0,))], by_row=True)
-        found.state.step = step
-        return found
-
-    first = unit(3, skip=[1, 2], scale=1.0).state
-    assert unit(4, skip=[1, 2], scale=2.0).state is first, "single numbers may differ"
-    assert unit(5, skip=[1, 3], scale=2.0).state is not first, "other blocks are left out"
-    later = unit(6, skip=[1, 3], scale=2.0).state
-    assert unit(1, skip=[1, 3], scale=2.0).state is not later, "the steps begin again"
-
-
-def _call(state: dict[str, Any] | None = None, step: int = 0, **kwargs: Any) -> Call:
-    call = object.__new__(Call)
-    call.__dict__ |= {"state": {} if state is None else state, "step": step, "args": (), "kwargs": kwargs}
-    return call
-
-
-def test_trees_keep_what_is_no_tensor() -> None:
-    tree = (None, [torch.zeros(1), 3], {"a": torch.ones(2)})
-    bare = skeleton(tree)
-    assert set(places(bare)) == set(leaves(tree)) == {(1, 0), (2, "a")}
-    again = filled(bare, leaves(tree))
-    assert again[0] is None
-    assert again[1][1] == 3
-    assert again[2]["a"] is tree[2]["a"]
 
 
 # ------------------------------------------------------------------ settings

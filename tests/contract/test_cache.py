@@ -6,7 +6,6 @@ Random weights change from step to step more than trained ones, so thresholds he
 
 from __future__ import annotations
 
-import queue
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig, apply_first_b
 
 from denoised import DiffusionParallelConfig, Omni, OmniRequestOutput
 from denoised.errors import InvalidConfigError
-from denoised.outputs import Saved
-from denoised.request import Service
 from tests.contract.parallel import METHODS, PATIENCE
 from tests.contract.support import (
     EXACT,
@@ -182,25 +179,6 @@ def test_joined_rows_that_decide_differently_are_parted() -> None:
     for solo, other in zip(alone, together, strict=True):
         assert decisions(solo) == decisions(other)
         assert difference(media(solo), media(other)) <= REORDERED
-
-
-def test_a_request_goes_on_from_its_start_and_says_so() -> None:
-    """What a cache keeps is not in checkpoints: the same bytes again, and a note."""
-    prompt, params = as_omni({**request_of("flux_dev", 0), "num_inference_steps": STEPS}, 3, "latent")
-    with cached("flux_dev", "dbcache") as omni:
-        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        omni._client.submit(omni._request("watched", prompt, params, Service(checkpoint_every=3)), inbox.put)
-        heard = [inbox.get()]
-        while not isinstance(heard[-1], OmniRequestOutput):
-            heard.append(inbox.get())
-        saved = next(event for event in heard if isinstance(event, Saved))
-        again = omni.resume(saved.checkpoint, use_tqdm=False)[0]
-    assert again.error is None, again.error
-    assert difference(media(heard[-1]), media(again)) == EXACT
-    assert decisions(heard[-1]) == decisions(again) == ["11000100"]
-    assert again.receipt is not None
-    assert again.receipt.resumed_from_step == 0
-    assert any(note.startswith("resume: computed from the start") for note in again.receipt.notes)
 
 
 def test_too_few_steps_are_noted() -> None:

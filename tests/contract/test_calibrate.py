@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 
 from denoised import Omni, OmniDiffusionSamplingParams
-from denoised.errors import InvalidRequestError
+from denoised.errors import InvalidConfigError, InvalidRequestError
 from denoised.features.cache import policy_of
-from denoised.runtime import calibrating
+from denoised.features.cache.policies import kinds
+from denoised.runtime import calibrating, calibrations
+from denoised.runtime.likeness import pictures, ssim
+from denoised.runtime.load import BUILTIN
 from tests.cli import denoised
 from tests.contract.support import as_omni, folder, request_of
 from tests.tiny import ROWS
@@ -81,3 +85,58 @@ def test_a_calibration_counts_every_step() -> None:
     assert found.num_points == 9 * ROWS["wan22_ti2v"].branches
     assert found.num_steps == len(found.settings["mag_cache"]["mag_ratios"]) == 10
     assert found.r2 <= 1
+
+
+def test_a_quality_is_kept_and_told() -> None:
+    """A caption that the calibration has not seen: as alike as was asked for, by a cache that acts."""
+    prompt = {"prompt": "a small green star above a large purple ring", "negative_prompt": ""}
+    params = OmniDiffusionSamplingParams(num_inference_steps=20, seed=11)
+    with Omni("shapes", num_threads=1) as omni:
+        (plain,) = omni.generate([prompt], params, use_tqdm=False)
+    with Omni("shapes", num_threads=1, quality="high") as omni:
+        (ours,) = omni.generate([prompt], params, use_tqdm=False)
+        (short,) = omni.generate([prompt], OmniDiffusionSamplingParams(num_inference_steps=2, seed=11), use_tqdm=False)
+    assert ours.receipt is not None
+    told = ours.receipt.quality
+    assert told is not None
+    assert ours.receipt.cache is not None
+    assert told["cache_backend"] == ours.receipt.cache["backend"]
+    assert told["skipped"] == ours.receipt.cache["skipped"] / 40 > 0.3
+    assert told["expected"]["worst_ssim"] >= told["ssim"] == 0.98
+    assert 0.98 <= ssim(pictures(ours), pictures(plain))[0] < 1
+    assert ours.receipt.notes == []
+    assert short.receipt is not None
+    (unknown,) = short.receipt.notes
+    assert unknown.startswith("warning: quality='high' was measured at 20 to 50 steps, and this request has 2")
+
+
+def test_what_calibrate_saves_is_what_quality_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line, with one rung of one ladder: two steps of warm-up, then three in a row are skipped."""
+    model = tmp_path / "model"
+    shutil.copytree(BUILTIN["shapes"], model)
+    (model / calibrations.FILE).unlink()
+    for name, kind in kinds().items():
+        rungs = ({"max_warmup_steps": 2, "residual_diff_threshold": 50.0},) if name == "cache_dit" else ()
+        monkeypatch.setattr(kind, "LADDER", rungs, raising=False)
+    with pytest.raises(InvalidConfigError, match="denoised calibrate"):
+        Omni(str(model), quality="high")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+    result = denoised(
+        *("calibrate", model, "--prompts", tmp_path / "prompts.txt", "--num-inference-steps", 8, "--probe", "input"),
+        *("--degree", 1, "--seed", 1, "--height", 64, "--width", 64, "--save"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "8 steps: 62% skipped, 50% of the blocks run; SSIM " in result.stdout
+    (found,) = calibrations.measured(str(model))
+    assert (found.num_steps, found.num_pictures, found.skipped, found.work) == (8, 2, 0.625, 0.5)
+    assert found.worst <= found.ssim < 1
+    with Omni(str(model), num_threads=1, quality={"ssim": found.worst}) as omni:
+        prompt = {"prompt": "a red circle", "negative_prompt": ""}
+        params = OmniDiffusionSamplingParams(num_inference_steps=8, height=64, width=64, true_cfg_scale=4.0, seed=1)
+        (output,) = omni.generate([prompt], params, use_tqdm=False)
+    assert output.receipt is not None
+    assert output.receipt.quality is not None
+    assert output.receipt.quality["cache_config"] == found.config
+    assert output.receipt.quality["skipped"] == 0.625
+    with pytest.raises(InvalidConfigError, match=f"the best that is known is {found.worst:g}"):
+        Omni(str(model), quality={"ssim": found.worst + 1e-4})

@@ -1,11 +1,12 @@
-"""`denoised calibrate`: finds out what TeaCache and MagCache need to know of a model, and writes it down."""
+"""`denoised calibrate`: finds out what caches need to know of a model, and what they do to its pictures, and writes it
+down."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,9 @@ from denoised.config import EngineConfig
 from denoised.errors import InvalidRequestError
 from denoised.request import OmniDiffusionSamplingParams, PromptDict
 from denoised.rules import validate
+
+if TYPE_CHECKING:
+    from denoised.runtime.budget import Measured
 
 BACKENDS = ("tea_cache", "mag_cache")
 # Of many kinds, so that a fit to them holds for others.
@@ -28,7 +32,9 @@ PROMPTS = (
     "a map of an invented island",
     "a hot air balloon over a green valley",
 )
-_OURS = ("model", "cache_backend", "cache_config")
+# Numbers of denoising steps at which caches are measured, unless one is asked for.
+NUM_STEPS = (20, 50)
+_OURS = ("model", "cache_backend", "cache_config", "quality")
 _ENGINE = {name: flag for name, flag in ENGINE.items() if name not in _OURS}
 
 
@@ -55,10 +61,22 @@ def calibrate(
     save: Annotated[
         bool, typer.Option("--save", help="Write it into the model's folder, where engines look for it.")
     ] = False,
+    measure: Annotated[
+        bool | None,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Make the prompts' pictures with settings from careful to bold, and measure how alike they stay: "
+            "what quality=... goes by (default: with --save).",
+        ),
+    ] = None,
+    num_steps: Annotated[
+        list[int] | None,
+        typer.Option("--measure-at", min=2, help="Denoising steps to measure at; may be repeated (default: 20, 50)."),
+    ] = None,
     **values: Any,
 ) -> None:
     """Watch a model run without a cache, fit what caches need to know of it, and say how well the fit holds."""
-    from denoised.runtime import calibrating, calibrations
+    from denoised.runtime import calibrating, calibrations, measuring
 
     if cache_backend not in BACKENDS:
         raise InvalidRequestError(f"cache_backend={cache_backend!r}: must be one of {', '.join(BACKENDS)}.")
@@ -74,8 +92,13 @@ def calibrate(
     _report(found.as_dict())
     if output is not None:
         output.write_text(json.dumps(found.settings[cache_backend], indent=2) + "\n")
-    if place is not None:
-        place.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
+    if place is not None:  # before what takes long, and what a model without pictures cannot have
+        calibrations.write(place, found.as_dict(), [])
+    if measure or (measure is None and save):
+        at = num_steps or ([params.num_inference_steps] if params.num_inference_steps else list(NUM_STEPS))
+        measured = measuring.measure(asked, params, num_steps=at, known=found.settings, settings=settings, say=_say)
+        if place is not None:
+            calibrations.write(place, found.as_dict(), measured)
 
 
 def _texts(path: Path | None) -> list[str]:
@@ -108,4 +131,13 @@ def _report(found: dict[str, Any]) -> None:
         f"{found['num_points']} steps of {found['num_runs']} runs: of the changes of what blocks add, a polynomial of "
         f"those of the {found['probe']} explains R² = {found['r2']:.4f}; ratios differ by up to "
         f"{found['ratio_spread']:.1%} between rows"
+    )
+
+
+def _say(one: Measured) -> None:
+    settings = ", ".join(f"{name} {value}" for name, value in one.config.items())
+    print(
+        f"{one.backend} ({settings}), {one.num_steps} steps: {one.skipped:.0%} skipped, {one.work:.0%} of the blocks "
+        f"run; SSIM {one.ssim:.4f}, worst {one.worst:.4f}",
+        flush=True,
     )

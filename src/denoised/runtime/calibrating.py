@@ -55,13 +55,24 @@ def calibrate(
     Raises:
         InvalidRequestError: a run failed, or there are too few steps for such a polynomial.
     """
+    watched = settings | {"cache_backend": "calibration", "cache_config": {"probe": probe}}
+    (outputs,) = runs(prompts, [params], watched)
+    return fit([_trajectories(output) for output in outputs], degree=degree, probe=probe)
+
+
+def runs(
+    prompts: Sequence[PromptDict], params: Sequence[OmniDiffusionSamplingParams], settings: dict[str, Any]
+) -> list[list[OmniRequestOutput]]:
+    """The prompts on one engine, each with a seed of its own; once for each of `params`."""
     from denoised.runtime.omni import Omni
 
-    seeds = range(params.seed or 0, (params.seed or 0) + len(prompts))
-    each = [replace(params, seed=seed) for seed in seeds]
-    with Omni(**settings, cache_backend="calibration", cache_config={"probe": probe}) as omni:
-        outputs = omni.generate(list(prompts), each)
-    return fit([_trajectories(output) for output in outputs], degree=degree, probe=probe)
+    found = []
+    with Omni(**settings) as omni:
+        for one in params:
+            first = one.seed or 0
+            each = [replace(one, seed=seed) for seed in range(first, first + len(prompts))]
+            found.append(omni.generate(list(prompts), each))
+    return found
 
 
 def _trajectories(output: OmniRequestOutput) -> list[list[list[float]]]:

@@ -1,13 +1,18 @@
-"""What was found out about a model for caches, kept beside its weights: `calibration.json`, settings by backend."""
+"""What was found out about a model for caches, kept beside its weights: `calibration.json`, settings by backend and
+what they did to pictures; and the settings that keep to a quality by it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from denoised.errors import ModelError, one_line
+from denoised.config import EngineConfig
+from denoised.errors import InvalidConfigError, ModelError, one_line
+from denoised.outputs import Receipt
 from denoised.runtime import load
+from denoised.runtime.budget import Choice, Measured, best, choose
 
 FILE = "calibration.json"
 
@@ -30,11 +35,102 @@ def beside(model: Any) -> dict[str, Any]:
     Raises:
         ModelError: the file is damaged.
     """
+    settings: dict[str, Any] = _read(model)[0]
+    return settings
+
+
+def measured(model: Any) -> list[Measured]:
+    """What settings did to this model's pictures; empty where nobody measured. Raises as `beside`."""
+    return _read(model)[1]
+
+
+def _read(model: Any) -> tuple[dict[str, Any], list[Measured]]:
     place = load.locate(str(model)) if isinstance(model, str | Path) else None
     if not isinstance(place, Path) or not (place / FILE).is_file():
-        return {}
+        return {}, []
     try:
-        found: dict[str, Any] = json.loads((place / FILE).read_text())["settings"]
+        found = json.loads((place / FILE).read_text())
+        return dict(found["settings"]), [Measured(**entry) for entry in found.get("measured", ())]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{place / FILE} is no calibration ({one_line(error)}); run `denoised calibrate`.") from error
-    return found
+
+
+def write(place: Path, found: dict[str, Any], measured: list[Measured]) -> None:
+    """`found`: a `Fit` as a dict."""
+    text = json.dumps(found, indent=2)
+    lines = ",\n".join(f"    {json.dumps(dataclasses.asdict(one))}" for one in measured)
+    whole = f"{text[:-2]},\n" + f'  "measured": [\n{lines}\n  ]\n}}\n' if measured else f"{text}\n"
+    place.write_text(whole)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Promise:
+    """A quality that was asked for, and the cache that keeps to it; None: nothing is skipped."""
+
+    asked: Any
+    least: float
+    choice: Choice | None
+
+    def onto(self, receipt: Receipt) -> Receipt:
+        """The receipt with what was promised beside what was done."""
+        told: dict[str, Any] = {"asked": self.asked, "ssim": self.least, "cache_backend": None}
+        told |= {"expected": {"ssim": 1.0, "worst_ssim": 1.0, "skipped": 0.0}, "skipped": _skipped(receipt)}
+        if self.choice is None:
+            return dataclasses.replace(receipt, quality=told)
+        known = self.choice.expected(receipt.steps)
+        expected = {"ssim": known.ssim, "worst_ssim": known.worst, "skipped": known.skipped}
+        told |= {"cache_backend": self.choice.backend, "cache_config": self.choice.config}
+        told |= {"expected": expected | {"num_inference_steps": known.num_steps}}
+        return dataclasses.replace(receipt, quality=told, notes=[*receipt.notes, *self._doubts(receipt.steps)])
+
+    def _doubts(self, steps: int) -> list[str]:
+        assert self.choice is not None
+        fewest, most = self.choice.num_steps[0], self.choice.num_steps[-1]
+        if fewest <= steps <= most:
+            return []
+        return [
+            f"warning: quality={self.asked!r} was measured at {fewest} to {most} steps, and this request has {steps}; "
+            "run `denoised calibrate --num-inference-steps` with as many to know."
+        ]
+
+
+def _skipped(receipt: Receipt) -> float:
+    """The share of row steps that were skipped."""
+    found = receipt.cache or {"skipped": 0, "computed": 0}
+    return round(float(found["skipped"] / max(1, found["skipped"] + found["computed"])), 4)
+
+
+def within(config: EngineConfig) -> tuple[EngineConfig, Promise | None]:
+    """`config` with the cache that keeps to its quality at the least work, in place of the quality.
+
+    Raises:
+        InvalidConfigError: nobody measured the model's caches, or none of them keeps to it.
+        ModelError: the file is damaged.
+    """
+    least = config.least_ssim
+    if least is None:
+        return config, None
+    choice = _chosen(config, least) if least < 1 else None
+    backend, settings = (choice.backend, choice.config) if choice is not None else (None, None)
+    chosen = dataclasses.replace(config, quality=None, cache_backend=backend, cache_config=settings)
+    return chosen, Promise(asked=config.quality, least=least, choice=choice)
+
+
+def _chosen(config: EngineConfig, least: float) -> Choice:
+    found = measured(config.model)
+    choice, known = choose(found, least), best(found)
+    if known is None:
+        raise InvalidConfigError(
+            f"quality={config.quality!r}: what caches do to the pictures of {_name(config)} was never measured; run "
+            "`denoised calibrate MODEL --save` on its folder, or set cache_backend."
+        )
+    if choice is None:
+        raise InvalidConfigError(
+            f"quality={config.quality!r}: no cache of {_name(config)} keeps its worst picture at an SSIM of {least:g};"
+            f' the best that is known is {known.worst:g} ({known.backend}): ask for that, or for "lossless".'
+        )
+    return choice
+
+
+def _name(config: EngineConfig) -> str:
+    return str(config.model) if isinstance(config.model, str | Path) else f"a {type(config.model).__name__} object"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -22,11 +23,16 @@ MAIN = ("hidden_states", "x")
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCall:
-    """A block about to run. inputs: the tensors of its arguments, by parameter."""
+    """A block about to run. named: its arguments, by parameter."""
 
     stack: str
     run: Callable[[], Any]
-    inputs: Leaves
+    named: dict[str, Any]
+
+    @cached_property
+    def inputs(self) -> Leaves:
+        """The tensors of its arguments. Found when somebody asks: of most skipped blocks nobody does."""
+        return leaves(self.named)
 
     def main(self) -> Leaves:
         """The inputs that the noise is in."""

@@ -18,7 +18,7 @@ from denoised.features.cache.course import Added, BlockCall, Course
 from denoised.features.cache.expansion import Expansion
 from denoised.features.cache.policy import Past, Policy
 from denoised.features.cache.rows import Batch, Unit, Visit
-from denoised.features.cache.trees import Path, filled, places
+from denoised.features.cache.trees import Path, at, filled, places
 from denoised.steps.forward import Decision
 from denoised.steps.rows import PartedError
 from denoised.steps.tally import count
@@ -107,7 +107,7 @@ class Passage:
         visit = visits[place]
         if _ends_range(visits, place, look.last):
             return filled(visit.bare, {path: self._restored(place, path) for path in places(visit.bare)})
-        return filled(visit.bare, {path: call.inputs[visit.continues[path]] for path in places(visit.bare)})
+        return filled(visit.bare, {path: at(call.named, visit.continues[path]) for path in places(visit.bare)})
 
     def _restored(self, place: int, path: Path) -> Tensor:
         """What the range's last block gives: the range's input, and what each row remembers of what was added."""

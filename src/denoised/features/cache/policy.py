@@ -2,7 +2,8 @@
 remembers. Pure: no tensors, no models, no ranks.
 
 A cache is one file in `policies/`: a `NAME`, a frozen `Config` whose fields are the keys of `cache_config`, and
-`make(config)`, which gives its `Policy`.
+`make(config)`, which gives its `Policy`. One that `quality` may choose has a `LADDER` too: settings from careful to
+bold, which `denoised calibrate` measures.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ class Look:
     follows: bool = False
     order: int = 0
     records: bool = False
+
+
+def warmed_up(past: Past, step: Step, *, num: int, ratio: float) -> bool:
+    """Whether a row has had its first steps: `num`, or that share of all if they are more. What a picture will be is
+    settled in the first share of its steps, however many there are."""
+    return past.seen >= max(num, int(ratio * step.num_steps + 0.5))
 
 
 class Policy(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from denoised.errors import EngineError
 from denoised.features.cache.expansion import Expansion
 from denoised.features.cache.fitting import fitted
 from denoised.features.cache.policy import Past, Step
@@ -35,10 +36,13 @@ class RowState:
     seen: what the last change is measured from. visits: blocks of the last computed forward.
     kept: by the place of a range's last block and the path in its output.
     fixed: what was decided in a forward that was then parted.
+    by: the cache with its settings. alone: no other rank has a part of it.
     """
 
     sign: Any
     step: int
+    by: str = ""
+    alone: bool = True
     past: Past = field(default_factory=Past)
     seen: list[Tensor] = field(default_factory=list)
     visits: tuple[Visit, ...] = ()
@@ -59,22 +63,33 @@ class Unit:
         return Step(number=self.call.step, num_steps=self.call.num_steps, possible=bool(self.state.visits))
 
 
-def units(parts: Sequence[Part], *, by_row: bool) -> list[Unit]:
+def units(parts: Sequence[Part], *, by_row: bool, by: str = "", alone: bool = True) -> list[Unit]:
+    """The units of a forward. by, alone: as in `RowState`.
+
+    Raises:
+        EngineError: a row remembers steps of another cache, or of ranks that shared them otherwise.
+    """
     found: list[Unit] = []
     first = 0
     for call, rows in parts:
         for together in [(row,) for row in rows] if by_row else [rows]:
-            found.append(Unit(call=call, rows=together, first=first, state=_state(call, together)))
+            state = _state(call, together, by, alone)
+            found.append(Unit(call=call, rows=together, first=first, state=state))
             first += len(together)
     return found
 
 
-def _state(call: Call, rows: tuple[int, ...]) -> RowState:
+def _state(call: Call, rows: tuple[int, ...], by: str, alone: bool) -> RowState:
     states: dict[tuple[int, ...], RowState] = call.state.setdefault(KEY, {})
     sign = sorted((name, repr(_sign(value))) for name, value in call.named_arguments().items())
     known = states.get(rows)
     if known is None or known.sign != sign or call.step < known.step:
-        states[rows] = RowState(sign=sign, step=call.step)
+        states[rows] = RowState(sign=sign, step=call.step, by=by, alone=alone)
+    elif (known.by, known.alone) != (by, alone):
+        raise EngineError(
+            "resume: the checkpoint was made with other settings of the cache, or on one rank where several share a "
+            "forward now; start the engine with those that it was made with, or send the request anew"
+        )
     return states[rows]
 
 

@@ -40,6 +40,13 @@ def _parts(tree: Any) -> Iterator[tuple[str | int, Any]]:
         yield from enumerate(tree)
 
 
+def at(tree: Any, path: Path) -> Any:
+    """What is there."""
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
 def skeleton(tree: Any, path: Path = ()) -> Any:
     """The same with a `Place` for each tensor."""
     if isinstance(tree, Tensor):

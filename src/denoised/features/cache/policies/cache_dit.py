@@ -9,9 +9,17 @@ from typing import Any
 
 from denoised.checks import bounded, check_fields
 from denoised.features.cache.masks import MASKS, mask
-from denoised.features.cache.policy import Look, Past, Step
+from denoised.features.cache.policy import Look, Past, Step, warmed_up
 
 NAME = "cache_dit"
+_WARM = {"warmup_ratio": 0.16}
+LADDER = (
+    *(_WARM | {"residual_diff_threshold": value} for value in (0.12, 0.24)),
+    *(_WARM | {"residual_diff_threshold": value, "enable_taylorseer": True} for value in (0.12, 0.24)),
+    _WARM | {"residual_diff_threshold": 0.35, "max_continuous_cached_steps": 4},
+    _WARM | {"residual_diff_threshold": 0.5, "max_continuous_cached_steps": 6},
+    _WARM | {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": 10},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +29,7 @@ class Config:
     Fn_compute_blocks: int = bounded(1, minimum=1, help="first blocks, always computed; their change decides")
     Bn_compute_blocks: int = bounded(0, minimum=0, help="last blocks, always computed")
     max_warmup_steps: int = bounded(4, minimum=1, help="first steps that are always computed")
+    warmup_ratio: float = bounded(0.0, minimum=0, maximum=1, help="the same as a share of the steps; the more count")
     max_cached_steps: int = bounded(-1, minimum=-1, help="skipped steps of a request at most")
     max_continuous_cached_steps: int = bounded(3, minimum=-1, help="skipped steps in a row at most")
     residual_diff_threshold: float = bounded(0.24, minimum=0, maximum=100, help="change that forces a step")
@@ -58,7 +67,8 @@ class DBCache:
         steps = self._mask(step)
         if steps and past.seen:
             return step.possible and step.number < len(steps) and not steps[step.number]
-        return step.possible and past.seen >= self.config.max_warmup_steps
+        num, ratio = self.config.max_warmup_steps, self.config.warmup_ratio
+        return step.possible and warmed_up(past, step, num=num, ratio=ratio)
 
     def _is_static(self, step: Step) -> bool:
         return bool(self._mask(step)) and self.config.scm_steps_policy == "static"

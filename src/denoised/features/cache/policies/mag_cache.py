@@ -11,6 +11,10 @@ from denoised.errors import InvalidConfigError
 from denoised.features.cache.policy import Look, Past, Step
 
 NAME = "mag_cache"
+LADDER = tuple(
+    {"threshold": value, "max_skip_steps": most}
+    for value, most in ((0.06, 3), (0.12, 3), (0.25, 4), (0.5, 5), (1.0, 8))
+)
 
 
 @dataclass(frozen=True, kw_only=True)

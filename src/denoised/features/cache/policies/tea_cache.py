@@ -8,9 +8,10 @@ from typing import Any
 
 from denoised.checks import bounded, check_fields
 from denoised.errors import InvalidConfigError
-from denoised.features.cache.policy import Look, Past, Step
+from denoised.features.cache.policy import Look, Past, Step, warmed_up
 
 NAME = "tea_cache"
+LADDER = tuple({"rel_l1_thresh": value, "warmup_ratio": 0.16} for value in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Config:
     rel_l1_thresh: float = bounded(0.2, minimum=0, maximum=100, help="sum of rescaled changes that forces a step")
     coefficients: list[float] | None = bounded(None, help="highest power first; default: the model's own")
     max_warmup_steps: int = bounded(1, minimum=1, help="first steps that are always computed")
+    warmup_ratio: float = bounded(0.0, minimum=0, maximum=1, help="the same as a share of the steps; the more count")
     probe: str = bounded("input", choices=("input", "timestep"), help="what the coefficients were fitted to")
 
     def __post_init__(self) -> None:
@@ -31,11 +33,13 @@ class TeaCache:
     threshold: float
     coefficients: tuple[float, ...]
     num_warmup: int
+    warmup_ratio: float
     look: Look
     name: str = NAME
 
     def asks(self, past: Past, step: Step) -> bool:
-        return self.threshold > 0 and step.possible and past.seen >= self.num_warmup and not step.is_last
+        is_warm = warmed_up(past, step, num=self.num_warmup, ratio=self.warmup_ratio)
+        return self.threshold > 0 and step.possible and is_warm and not step.is_last
 
     def decide(self, past: Past, step: Step, change: float | None) -> tuple[bool, Past]:
         if change is None or not self.asks(past, step):
@@ -62,5 +66,6 @@ def make(config: Any) -> TeaCache:
         threshold=config.rel_l1_thresh,
         coefficients=tuple(config.coefficients),
         num_warmup=config.max_warmup_steps,
+        warmup_ratio=config.warmup_ratio,
         look=Look(probe=config.probe, follows=True),
     )
