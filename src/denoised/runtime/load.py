@@ -5,8 +5,10 @@ checkpoint is one clear sentence before any rank starts. Weights are safetensors
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import struct
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from denoised import hf
 from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError, ModelError, one_line
+from denoised.runtime import gguf_choice
 
 BUILTIN = {"shapes": Path(__file__).parent.parent / "models" / "shapes"}
 # How the names of component classes end that have a configuration and no weights.
@@ -24,17 +27,20 @@ BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def locate(model: str) -> str | Path:
+def locate(model: str, *, elsewhere: Collection[str] | None = None) -> str | Path:
     """The folder of a built-in or local model, or the hub id as it is.
+
+    Args:
+        elsewhere: components whose weights are not looked for in their folders; None: of none they are.
 
     Raises:
         ModelError: no such folder, or a folder that is damaged.
     """
     if model in BUILTIN:
-        return _checked(BUILTIN[model])
+        return _checked(BUILTIN[model], elsewhere)
     path = Path(model).expanduser()
     if path.is_dir():
-        return _checked(path)
+        return _checked(path, elsewhere)
     if path.exists():
         raise ModelError(f"model={model!r} is a file; give the folder that holds model_index.json.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
@@ -45,18 +51,19 @@ def locate(model: str) -> str | Path:
     return model
 
 
-def _checked(folder: Path) -> Path:
+def _checked(folder: Path, elsewhere: Collection[str] | None) -> Path:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(f"{folder} has no model_index.json; give a folder in diffusers layout.")
     for name, value in _read_json(index).items():
         # A component is [library, class]; other lists are settings.
         if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
-            _check_component(folder / name, class_name=value[1])
+            looked_for = elsewhere is not None and name not in elsewhere
+            _check_component(folder / name, class_name=value[1], looked_for=looked_for)
     return folder
 
 
-def _check_component(folder: Path, class_name: str) -> None:
+def _check_component(folder: Path, class_name: str, *, looked_for: bool) -> None:
     if not folder.is_dir():
         raise ModelError(f"{folder.parent} lacks the component {folder.name!r} that its model_index.json names.")
     for index in folder.glob("*.safetensors.index.json"):
@@ -64,10 +71,10 @@ def _check_component(folder: Path, class_name: str) -> None:
             if not (folder / shard).is_file():
                 raise ModelError(f"{folder / shard} is missing, though {index.name} names it; download it again.")
     files = list(folder.glob("*.safetensors"))
-    if not files and (folder / "config.json").is_file() and not class_name.endswith(WITHOUT_WEIGHTS):
-        raise ModelError(
-            f"{folder} holds no weights in safetensors, and no others are read; download or convert them."
-        )
+    if looked_for and not files and (folder / "config.json").is_file() and not class_name.endswith(WITHOUT_WEIGHTS):
+        gguf = next(itertools.chain(folder.glob("*.gguf"), folder.parent.glob("*.gguf")), None)
+        way = "download or convert them" if gguf is None else f"{gguf.name} is read with quantization='gguf'"
+        raise ModelError(f"{folder} holds no weights in safetensors, and no others are read; {way}.")
     for file in files:
         read_header(file)
 
@@ -118,7 +125,7 @@ def num_load_threads(config: EngineConfig, device: str) -> int:
 def reads_late(config: EngineConfig, device: str) -> bool:
     """Whether one rank leaves weights in their files at first: to read them side by side, or as they are needed."""
     offload = config.enable_cpu_offload or config.enable_layerwise_offload
-    return offload or num_load_threads(config, device) > 0
+    return offload or bool(config.quantized) or num_load_threads(config, device) > 0
 
 
 def default_sampling_params(model: Any) -> dict[str, Any]:
@@ -143,22 +150,41 @@ def load(config: EngineConfig, *, device: str, unread: bool = False) -> Any:
         if config.dtype is not None:
             raise ModelError(f"dtype={config.dtype!r}: a pipeline object keeps its own; convert it with .to() first.")
         return _configured(config.model.to(device), config)
-    source = locate(str(config.model))
+    packed = gguf_choice.files(config)
+    source, dtype = locate(str(config.model), elsewhere=packed), getattr(torch, dtype_name(config, device))
     try:
-        with hf.quietly(bars=not isinstance(source, Path)), weights.unread(device) if unread else nullcontext():
+        given = _packed(source, packed, dtype, device)
+        with (
+            hf.quietly(bars=not isinstance(source, Path)),
+            hf.giving_components(given),
+            weights.unread(device) if unread else nullcontext(),
+        ):
             pipeline = _pipeline_class(source).from_pretrained(
                 source,
-                dtype=getattr(torch, dtype_name(config, device)),
+                dtype=dtype,
                 use_safetensors=True,
                 local_files_only=isinstance(source, Path),
             )
-    except ModelError:
+    except (ModelError, InvalidConfigError):
         raise
     except Exception as error:
         raise ModelError(f"model {str(config.model)!r} cannot be loaded: {one_line(error)}") from error
     if isinstance(source, Path):
-        _check_complete(pipeline, source)
+        _check_complete(pipeline, source, without=packed)
     return _configured(pipeline.to(device), config)
+
+
+def _packed(source: str | Path, files: Mapping[str, Path], dtype: Any, device: str) -> dict[str, Any]:
+    """Components whose weights are in GGUF files."""
+    if not files:
+        return {}
+    from denoised.runtime import gguf_files
+
+    classes = hf.class_names(source)
+    return {
+        name: gguf_files.model(source, name, classes.get(name, ""), file, dtype, device)
+        for name, file in files.items()
+    }
 
 
 def _pipeline_class(source: str | Path) -> Any:
@@ -183,12 +209,13 @@ def dtype_name(config: EngineConfig, device: str) -> str:
     return config.dtype or ("float32" if device == "cpu" else "bfloat16")
 
 
-def _check_complete(pipeline: Any, folder: Path) -> None:
+def _check_complete(pipeline: Any, folder: Path, *, without: Collection[str]) -> None:
     """A denoiser or VAE weight that no file holds would be random: refuse it."""
     from diffusers import ModelMixin
 
     for name, component in pipeline.components.items():
-        if isinstance(component, ModelMixin):
+        # Of what came quantized files hold the parts, and its loader sees to them.
+        if isinstance(component, ModelMixin) and name not in without and not hf.is_quantized(component):
             found = {key for file in (folder / name).glob("*.safetensors") for key in read_header(file)}
             missing = [key for key in component.state_dict(keep_vars=True) if key not in found]
             if found and missing:

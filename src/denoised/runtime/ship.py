@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from denoised.config import EngineConfig
-from denoised.runtime import load
+from denoised.runtime import gguf_choice, load
 from denoised.runtime.torchrun import torchrun_rank
 
 
@@ -21,7 +21,8 @@ def for_ranks(config: EngineConfig) -> tuple[EngineConfig, str | None]:
         ModelError: the folder is missing or damaged.
     """
     if isinstance(config.model, str | Path):
-        found = load.locate(str(config.model))  # a damaged folder is told before any rank starts
+        # A damaged folder is told before any rank starts, as is a file that is not there.
+        found = load.locate(str(config.model), elsewhere=gguf_choice.files(config))
         if config.distributed_executor_backend == "ray" and isinstance(found, Path):
             return dataclasses.replace(config, model=_anywhere(str(config.model))), None
         return config, None

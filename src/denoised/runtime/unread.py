@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from denoised.steps import parts
 from denoised.steps.tally import count
 
 CACHE_LINE = 64  # bytes
@@ -50,12 +51,15 @@ class Unread(Tensor):
     stored: gives the elements as they are in the files, in the files' dtype; not always in memory of their own.
     dtypes: what they are converted to, one after the other, once they are read.
     reads: False for zeros, which take a shape alone from the files.
+    finish: makes what is kept of what was read, such as a quantized tensor of so many `finished_bytes`.
     """
 
     likeness: Tensor
     stored: Callable[[], Tensor]
     dtypes: tuple[torch.dtype, ...]
     reads: bool
+    finish: Callable[[Tensor], Tensor] | None
+    finished_bytes: int
     _filled: Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -78,7 +82,19 @@ class Unread(Tensor):
     ) -> None:
         super().__init__()
         self.likeness, self.stored, self.dtypes, self.reads = likeness, stored, dtypes, reads
+        self.finish, self.finished_bytes = None, 0
         self._filled = None
+
+    def finishing(self, finish: Callable[[Tensor], Tensor], num_bytes: int) -> Unread:
+        """The same tensor, of which this is made once it is on its device."""
+        found = self.alike()
+        found.finish, found.finished_bytes = finish, num_bytes
+        return found
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Of memory, once it is read."""
+        return self.numel() * self.element_size() if self.finish is None else self.finished_bytes
 
     def read(self) -> Tensor:
         """The elements, for one use or to be kept."""
@@ -89,20 +105,25 @@ class Unread(Tensor):
     def found(self) -> tuple[Tensor, int]:
         """The elements on their device, and the bytes that are read for them. On any thread."""
         found = self.stored()
-        num_bytes = found.nbytes * self.reads
+        num_bytes = parts.num_bytes(found) * self.reads
         whole = isinstance(self.stored, Whole) and self.likeness.is_contiguous()
-        if whole and not self.dtypes and self.device.type == "cpu":
+        if whole and not self.dtypes and self.device.type == "cpu" and self.finish is None:
             return found, num_bytes
         converted = found
         for dtype in self.dtypes:
             converted = converted.to(dtype)
+        if self.finish is not None:
+            moved = parts.changed(converted, lambda part: part.to(self.device, non_blocking=True))
+            return self.finish(moved), num_bytes
         if converted is not found and converted.stride() == self.stride() and self.device.type == "cpu":
             return converted, num_bytes  # in memory of its own already, from the start of a cache line
         return _copied(converted, self.likeness, self.device), num_bytes
 
     def alike(self) -> Unread:
         """Another tensor of the same elements."""
-        return Unread(self.likeness, self.device, stored=self.stored, dtypes=self.dtypes, reads=self.reads)
+        found = Unread(self.likeness, self.device, stored=self.stored, dtypes=self.dtypes, reads=self.reads)
+        found.finish, found.finished_bytes = self.finish, self.finished_bytes
+        return found
 
     def host(self) -> Tensor:
         """The elements in the memory of the host, in the dtype that they will have."""
@@ -146,12 +167,16 @@ class Unread(Tensor):
         if func in _MOVES and not kwargs.keys() & {"dtype", "device", "layout"}:
             tensors = [leaf for leaf in _pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
             own = [leaf for leaf in tensors if isinstance(leaf, Unread)]
-            if len(own) == len(tensors) and len({leaf.dtypes for leaf in own}) == 1:
+            if len(own) == len(tensors) and len({leaf.dtypes for leaf in own}) == 1 and _is_raw(own):
                 return _moved(func, own[0], args, kwargs)
-        if func is _aten._to_copy.default and "memory_format" not in kwargs:
+        if func is _aten._to_copy.default and "memory_format" not in kwargs and _is_raw([args[0]]):
             return _converted(args[0], **kwargs)
         _check_kept(func, args)
         return func(*_pytree.tree_map_only(Unread, Unread.read, args), **kwargs)
+
+
+def _is_raw(tensors: list[Unread]) -> bool:
+    return all(tensor.finish is None for tensor in tensors)
 
 
 def _is_parameter(tensor: Tensor) -> bool:

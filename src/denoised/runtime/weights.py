@@ -28,9 +28,10 @@ from tqdm.auto import tqdm
 from denoised import hf
 from denoised.runtime import stored
 from denoised.runtime.unread import Unread, Whole
+from denoised.steps import parts
 from denoised.steps.tally import count
 
-__all__ = ["Unread", "away", "fetch", "fill", "fill_all", "unread"]
+__all__ = ["Unread", "away", "fetch", "fill", "fill_all", "later", "unread"]
 
 PAGE = 4096  # bytes
 BATCH = 2**24  # bytes
@@ -111,8 +112,9 @@ def _fully_read(batch: list[Unread]) -> list[tuple[Tensor, int]]:
 
 def touch(tensor: Tensor) -> None:
     """Have all pages of a mapped file read, by looking at one byte of each."""
-    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
-        tensor.detach().view(-1).view(torch.uint8)[::PAGE].max()
+    for part in parts.parts(tensor):
+        if part.device.type == "cpu" and part.is_contiguous() and part.numel():
+            part.detach().view(-1).view(torch.uint8)[::PAGE].max()
 
 
 def _unread_in(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, Unread]]:
@@ -128,11 +130,45 @@ def away(tensor: Tensor) -> Unread | None:
     in pinned memory. None: it is on the CPU, and in no file."""
     if tensor.device.type == "cpu":
         return tensor if isinstance(tensor, Unread) and not tensor.is_filled else None
-    likeness = tensor.likeness if isinstance(tensor, Unread) else torch.empty_like(tensor, device="meta")
+    likeness = tensor.likeness if isinstance(tensor, Unread) else _likeness(tensor)
+    if (isinstance(tensor, Unread) and tensor.finish is not None) or parts.is_made(tensor):
+        return _away_made(tensor, likeness)
     pinned = torch.empty_like(likeness, device="cpu", pin_memory=True)
     with torch.no_grad():
         pinned.copy_(tensor.host() if isinstance(tensor, Unread) else tensor)
     return Unread(likeness, tensor.device, stored=lambda: pinned)
+
+
+def _likeness(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _away_made(tensor: Tensor, likeness: Tensor) -> Unread:
+    """Quantized once, on the device; what waits in pinned memory are codes and scales."""
+    with torch.no_grad():
+        made = tensor.found()[0] if isinstance(tensor, Unread) else tensor
+        pinned = parts.changed(made, _pinned)
+    found = Unread(likeness, tensor.device, stored=lambda: pinned)
+    return found.finishing(lambda moved: moved, parts.num_bytes(pinned))
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(tensor)
+
+
+def later(tensor: Tensor, make: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, int] | None:
+    """What stands for `make(tensor)`, and its bytes; an unread tensor is not read for that, and is made when it is.
+
+    make: None: keep what its file has, if that is made of parts. Gives None where nothing is made of it.
+    """
+    if not isinstance(tensor, Unread):
+        found = tensor.detach() if make is None else make(tensor.detach())
+        return (found, parts.num_bytes(found)) if parts.is_made(found) else None
+    sample = tensor.stored() if make is None else make(tensor.likeness)
+    if not parts.is_made(sample):
+        return None
+    size = parts.num_bytes(sample)
+    return tensor.finishing(make or (lambda found: found), size), size
 
 
 def fetch(tensor: Tensor) -> Tensor:
@@ -147,6 +183,7 @@ class _File:
     def __init__(self, path: Any, *_: Any, device: torch.device, **__: Any) -> None:
         self._path, self._device = path, device
         self._file: Any = safe_open(path, framework="np")  # for what is said about tensors; they are mapped by us
+        self._in_parts = hf.holds_parts(self._file.metadata())  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> _File:
         return self
@@ -157,7 +194,9 @@ class _File:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
-    def get_tensor(self, name: str) -> Unread:
+    def get_tensor(self, name: str) -> Tensor:
+        if self._in_parts:  # which the loaders put together at once
+            return _stored(self._path, name).to(self._device)
         entry = stored.entries(self._path)[name]
         likeness = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         return Unread(likeness, self._device, stored=_whole(self._path, name))

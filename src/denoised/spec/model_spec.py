@@ -37,6 +37,7 @@ class ModelSpec:
     defaults: sampling parameters that the class's own defaults leave open.
     stacks: the denoiser's block lists in order of execution, where that is not the order of definition.
     uncached: stacks that caches always compute: not only the next block uses what their blocks give.
+    unquantized: layers of blocks that quantization leaves alone, beside the usual ones (`spec/quantization.py`).
     sequence_plan: how the denoiser's sequence is spread over ranks, where neither its class nor `sequence.py` says.
     """
 
@@ -62,4 +63,5 @@ class ModelSpec:
     defaults: dict[str, Any] = field(default_factory=dict)
     stacks: tuple[str, ...] = ()
     uncached: tuple[str, ...] = ()
+    unquantized: tuple[str, ...] = ()
     sequence_plan: SequencePlan | None = None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from denoised.steps.parts import parts
 from denoised.steps.tally import count
 
 Fetched = dict["Cell", Tensor]
@@ -36,7 +37,7 @@ class Cell:
 
     def __init__(self, tensor: Tensor, away: Tensor) -> None:
         self.away, self.users = away, 0
-        self.num_bytes = away.numel() * away.element_size()
+        self.num_bytes = away.nbytes
         self._is_parameter, self._grad = isinstance(tensor, nn.Parameter), tensor.requires_grad
         self._places: list[tuple[dict[str, Any], str]] = []
 
@@ -172,8 +173,9 @@ class _Thread:
 
 def _touch(tensor: Tensor) -> None:
     """Mapped files are read when somebody looks: at one byte of each page."""
-    if tensor.is_contiguous() and tensor.numel():
-        tensor.detach().view(-1).view(torch.uint8)[::4096].max()
+    for part in parts(tensor):
+        if part.is_contiguous() and part.numel():
+            part.detach().view(-1).view(torch.uint8)[::4096].max()
 
 
 class _Stream:
@@ -195,8 +197,8 @@ class _Stream:
     def _arrived(self, found: Fetched, arrived: torch.cuda.Event) -> Fetched:
         current = torch.cuda.current_stream()
         current.wait_event(arrived)
-        for tensor in found.values():
-            tensor.record_stream(current)
+        for part in (part for tensor in found.values() for part in parts(tensor)):
+            part.record_stream(current)
         return found
 
     def _keep_pace(self) -> None:
