@@ -19,8 +19,7 @@ from denoised.server.settings import ServerConfig
 PAGE = Path(__file__).parent.parent / "docs" / "options.md"
 HEAD = """# Options
 
-Made by `scripts/options_table.py` from the dataclasses. Flags may be written with `-` or with `_`. Those marked † are
-known and refused in this version, with the reason and the way out.
+Made by `scripts/options_table.py` from the dataclasses. Flags may be written with `-` or with `_`.
 """
 SECTIONS = (
     ("`Omni(...)`", EngineConfig, flags.ENGINE),
@@ -42,8 +41,7 @@ def _row(field: dataclasses.Field[Any], table: dict[str, flags.Flag]) -> str:
     flag = ", ".join(f"`{spelling}`" for spelling in table[field.name].spellings) if field.name in table else ""
     missing = field.default is dataclasses.MISSING
     default = "" if missing or field.default in (None, ()) or field.name == "parallel_config" else f"`{field.default}`"
-    mark = " †" if field.name in flags.ABSENT else ""
-    return f"| `{field.name}`{mark} | {flag} | {default} | {_range(field)} | {field.metadata['help']} |\n"
+    return f"| `{field.name}` | {flag} | {default} | {_range(field)} | {field.metadata['help']} |\n"
 
 
 def _range(field: dataclasses.Field[Any]) -> str:

@@ -74,18 +74,6 @@ def test_refused_before_loading(flags: str, says: tuple[str, ...], tmp_path: Pat
 
 
 # Flags of features that are not there yet.
-ABSENT = [
-    "--quantization fp8",
-    "--attention-backend flash",
-]
-
-
-@pytest.mark.parametrize("flags", ABSENT)
-def test_absent_features_are_refused_with_the_way_out(flags: str, tmp_path: Path) -> None:
-    message = refused(tmp_path, "a cat", "--output", tmp_path / "out.png", *flags.split())
-    assert "is not available in this version; " in message
-
-
 LONELY = [
     ("--vae-patch-parallel-size 2", "must divide the ranks"),
     ("--text-encoder-tp-size 2", "must divide the ranks"),
@@ -95,6 +83,9 @@ LONELY = [
     ("--enable-expert-parallel", "raise tensor_parallel_size"),
     ("--ulysses-mode advanced_uaa", "leave the mode out"),
     ("--enable-cpu-offload --enable-layerwise-offload", "choose one of them"),
+    ("--quantization fp9", "must be one of fp8, int8, int8_weight_only, gguf"),
+    ("--quantization gguf", "there are none; name it"),
+    ("--quantization int8 --use-hsdp --cfg-parallel-size 2", "cannot go with use_hsdp=True"),
     ("--layerwise-num-gpu-layers 2", "acts with enable_layerwise_offload=True only"),
     ("--num-weight-load-threads 4 --disable-multithread-weight-load", "leave one out"),
     ("--enable-cpu-offload --use-hsdp --cfg-parallel-size 2", "leave it off with enable_cpu_offload"),

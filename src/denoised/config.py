@@ -5,6 +5,8 @@ Nothing here imports torch: the command line and the server read these before a 
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,10 @@ from denoised.request import OmniDiffusionSamplingParams
 
 # More than any machine has: a product of degrees beyond it is a slip, and nobody should start so many processes.
 MAX_RANKS = 4096
+# Methods of quantization, by the package that has them.
+QUANTIZATIONS = {"fp8": "torchao", "int8": "torchao", "int8_weight_only": "torchao", "gguf": "gguf"}
+# Names of qualities: the SSIM of the worst picture to the one without a cache.
+QUALITIES = {"lossless": 1.0, "high": 0.98}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +143,24 @@ class EngineConfig:
     )
     vae_use_slicing: bool = bounded(False, help="decode one image of a batch at a time")
     vae_use_tiling: bool = bounded(False, help="decode in tiles")
-    enforce_eager: bool = bounded(False, help="never compile; blocks are not compiled yet, so this holds already")
+    enforce_eager: bool | None = bounded(
+        None, help="never compile blocks (False: compile them); default: compile on GPU, on CPU with compile_shapes"
+    )
+    compile_shapes: tuple[str, ...] = bounded(
+        (), help="compile blocks at start for sizes as 1024x768 or 832x480x81 (frames); default: the model's own"
+    )
     cache_backend: str | None = bounded(
         None, help="skip blocks of similar steps: tea_cache, cache_dit, mag_cache or first_block_cache"
     )
     cache_config: dict[str, Any] | None = bounded(None, help="settings of the cache backend, docs/caches.md")
-    quantization: Any = bounded(None, help="fp8, int8 or gguf")
+    quality: Any = bounded(
+        None, help='let the engine choose the cache: lossless, high, or {"ssim": 0.95} at least, docs/caches.md'
+    )
+    quantization: Any = bounded(
+        None,
+        help='weights in fewer bits: fp8, int8, int8_weight_only, gguf, a .gguf file, or {"component": method}, '
+        "docs/quantization.md",
+    )
     enable_cpu_offload: bool = bounded(
         False, help="keep components off the device while they wait; on CPU: in their files"
     )
@@ -150,7 +168,9 @@ class EngineConfig:
         False, help="keep blocks off the device while they wait; on CPU: in their files"
     )
     layerwise_num_gpu_layers: int = bounded(1, minimum=1, help="blocks on the device, beside the one that is fetched")
-    attention_backend: str | None = bounded(None, help="attention kernel by name")
+    attention_backend: str | dict[str, str] | None = bounded(
+        None, help="attention kernel of the denoisers, or of components by name (vae=flex,...), docs/speed.md"
+    )
     lora_path: str | None = bounded(None, help="LoRA that is active from the start: safetensors, folder or hub id")
     lora_scale: float = bounded(1.0, minimum=-MAX_SCALE, maximum=MAX_SCALE, help="strength of that LoRA")
     max_loras: int = bounded(16, minimum=1, help="LoRAs of requests in memory; those unused for longest make room")
@@ -166,11 +186,44 @@ class EngineConfig:
     @property
     def caches(self) -> bool:
         """Whether a cache is asked for."""
-        return self.cache_backend not in (None, "none")
+        return self.cache_backend not in (None, "none") or (self.least_ssim or 1.0) < 1
+
+    @property
+    def quantized(self) -> dict[str, Any]:
+        """Component to method of quantization, or to a .gguf file; "" stands for the denoisers."""
+        given = self.quantization
+        if isinstance(given, str) and given.startswith("{"):  # from the command line
+            with contextlib.suppress(ValueError):
+                given = json.loads(given)
+        return dict(given) if isinstance(given, dict) else {} if given is None else {"": given}
+
+    @property
+    def least_ssim(self) -> float | None:
+        """What `quality` asks of the worst picture; 1: no cache; None: quality is not asked for."""
+        return None if self.quality is None else _least_ssim(self.quality)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.quality is not None:
+            _least_ssim(self.quality)
         try:
             OmniDiffusionSamplingParams().with_defaults(self.default_sampling_params)
         except InvalidRequestError as error:
             raise InvalidConfigError(f"default_sampling_params: {error}") from error
+
+
+def _least_ssim(quality: Any) -> float:
+    """A name, or {"ssim": number}; as JSON, which the command line gives, too. Raises InvalidConfigError."""
+    if isinstance(quality, str) and quality in QUALITIES:
+        return QUALITIES[quality]
+    try:
+        found = json.loads(quality) if isinstance(quality, str) else quality
+        ((name, least),) = found.items()
+    except (ValueError, AttributeError):
+        name, least = "", None
+    if name == "ssim" and isinstance(least, int | float) and not isinstance(least, bool) and 0 < least <= 1:
+        return float(least)
+    names = ", ".join(repr(known) for known in QUALITIES)
+    raise InvalidConfigError(
+        f"quality={quality!r:.80}: must be one of {names}, or {{'ssim': x}} with x above 0 and at most 1."
+    )

@@ -30,8 +30,10 @@ class Receipt:
 
     `notes` are the pipeline's own warnings, such as a setting that it did not use. Of `steps`, those up to
     `resumed_from_step` were not computed again: they came from a checkpoint. `queued_seconds`: from submission until
-    the ranks began. `loras`: name, scale and number of layers of each adapter that acted. `cache`: the steps
-    that a cache computed and skipped, in all and by row (`runtime/cache_report.py`).
+    the ranks began. `loras`: name, scale and number of layers of each adapter that acted. `quantized`:
+    method, number of layers and bytes before and after of each component, on the first rank. `cache`: the steps
+    that a cache computed and skipped, in all and by row (`runtime/cache_report.py`). `quality`: what was asked for,
+    the cache that was chosen for it, what that is expected to do, and the share of row steps that it skipped.
     """
 
     model: str
@@ -55,7 +57,9 @@ class Receipt:
     stage_peak_memory_mb: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     cache: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
     loras: list[dict[str, Any]] = field(default_factory=list)
+    quantized: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def line(self) -> str:

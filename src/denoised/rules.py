@@ -7,36 +7,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from denoised.config import MAX_RANKS, DiffusionParallelConfig, EngineConfig
+from denoised.config import MAX_RANKS, QUANTIZATIONS, EngineConfig
 from denoised.errors import InvalidConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One line of the table: `broken(config)` says that these settings cannot start; `message` names the way out.
-
-    absent: the field that this version does not act on yet, so that help texts can say so.
-    """
+    """One line of the table: `broken(config)` says that these settings cannot start; `message` names the way out."""
 
     broken: Callable[[EngineConfig], bool]
     message: str
-    absent: str | None = None
-
-
-def _absent(name: str, inert: tuple[Any, ...], way_out: str) -> Rule:
-    """A feature that this version does not have: any value but the inert ones is refused."""
-    parallel = name in {f.name for f in fields(DiffusionParallelConfig)}
-
-    def value(config: EngineConfig) -> Any:
-        return getattr(config.parallel_config if parallel else config, name)
-
-    message = f"{name} is not available in this version; {way_out}"
-    return Rule(broken=lambda c: value(c) not in inert, message=message, absent=name)
 
 
 def _over_ranks(name: str) -> Rule:
@@ -50,6 +36,17 @@ def _over_ranks(name: str) -> Rule:
         "lower it, or raise cfg_parallel_size or ulysses_degree."
     )
     return Rule(broken=broken, message=message)
+
+
+def _quantizer(method: Any) -> str | None:
+    """The package that a method of quantization needs; None: there is no such method."""
+    if not isinstance(method, str):
+        return None
+    return "gguf" if method.endswith(".gguf") else QUANTIZATIONS.get(method)
+
+
+def _quantizers(config: EngineConfig) -> set[Any]:
+    return {_quantizer(method) for method in config.quantized.values()}
 
 
 def _hsdp_mismatch(config: EngineConfig) -> bool:
@@ -135,16 +132,40 @@ RULES: tuple[Rule, ...] = (
         message="cache_config acts with a cache_backend only; set cache_backend, or leave it out.",
     ),
     Rule(
+        broken=lambda c: c.quality is not None and (c.cache_backend is not None or bool(c.cache_config)),
+        message="quality chooses cache_backend and cache_config itself; leave these out, or quality.",
+    ),
+    Rule(
         broken=lambda c: c.caches and c.parallel_config.pipeline_parallel_size > 1,
-        message="cache_backend cannot go with pipeline_parallel_size, whose stages hand on each other's blocks in one "
-        "fixed order; use cfg_parallel_size, ulysses_degree, ring_degree or tensor_parallel_size with it.",
+        message="cache_backend and quality cannot go with pipeline_parallel_size, whose stages hand on each other's "
+        "blocks in one fixed order; use cfg_parallel_size, ulysses_degree, ring_degree or tensor_parallel_size with "
+        "it.",
     ),
     Rule(
         broken=lambda c: c.caches and c.parallel_config.use_hsdp and c.parallel_config.cfg_parallel_size > 1,
-        message="cache_backend cannot go with use_hsdp=True and cfg_parallel_size together: ranks would gather "
-        "weights for rows that skip different blocks; leave cfg_parallel_size at 1, or use_hsdp off.",
+        message="cache_backend and quality cannot go with use_hsdp=True and cfg_parallel_size together: ranks would "
+        "gather weights for rows that skip different blocks; leave cfg_parallel_size at 1, or use_hsdp off.",
     ),
-    _absent("quantization", (None,), "leave it out."),
+    Rule(
+        broken=lambda c: c.quantization is not None and (None in _quantizers(c) or not c.quantized),
+        message=f"quantization must be one of {', '.join(QUANTIZATIONS)}, the path of a .gguf file, or "
+        "{'component': one of these}; leave it out for weights as they are.",
+    ),
+    Rule(
+        broken=lambda c: any(importlib.util.find_spec(package) is None for package in _quantizers(c)),
+        message="quantization needs torchao (fp8, int8, int8_weight_only) or gguf, which is not installed; pip "
+        "install 'denoised[quantization]', or leave it out.",
+    ),
+    Rule(
+        broken=lambda c: not isinstance(c.model, str | Path) and "gguf" in _quantizers(c),
+        message="quantization='gguf' takes weights from a file in place of a folder's, and a pipeline object has its "
+        "own; give the folder, or use 'int8'.",
+    ),
+    Rule(
+        broken=lambda c: bool(c.quantized) and c.parallel_config.use_hsdp,
+        message="quantization cannot go with use_hsdp=True, which shards plain weights only; use tensor_parallel_size "
+        "or pipeline_parallel_size with it, or leave one out.",
+    ),
     Rule(
         broken=lambda c: c.enable_cpu_offload and c.enable_layerwise_offload,
         message="enable_cpu_offload moves whole components and enable_layerwise_offload their blocks; choose one of "
@@ -159,7 +180,19 @@ RULES: tuple[Rule, ...] = (
         broken=lambda c: c.layerwise_num_gpu_layers != 1 and not c.enable_layerwise_offload,
         message="layerwise_num_gpu_layers acts with enable_layerwise_offload=True only; set it, or leave it out.",
     ),
-    _absent("attention_backend", (None,), "leave it out."),
+    Rule(
+        broken=lambda c: bool(c.compile_shapes) and c.enforce_eager is True,
+        message="compile_shapes cannot go with enforce_eager=True, which compiles nothing; leave one out.",
+    ),
+    Rule(
+        broken=lambda c: any(not re.fullmatch(r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?", size) for size in c.compile_shapes),
+        message="compile_shapes takes width x height, and frames of a video, such as 1024x768 or 832x480x81.",
+    ),
+    Rule(
+        broken=lambda c: c.lora_path is not None and (c.enforce_eager is False or bool(c.compile_shapes)),
+        message="enforce_eager=False and compile_shapes cannot go with lora_path: blocks with an adapter run as they "
+        "are written, so nothing would be compiled; leave one out, or fuse the adapter into the weights.",
+    ),
     Rule(
         broken=lambda c: c.lora_scale != 1.0 and c.lora_path is None,
         message="lora_scale acts with lora_path only; give that, or leave it out.",

@@ -5,7 +5,10 @@ Tensors are [batch, heads, tokens, channels]. Knows kernels and devices, and not
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +28,29 @@ class Part:
     lse: Tensor
 
 
+# From query, key, value, bias and scale: the answer, and the logarithm of its softmax's denominator.
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], tuple[Tensor, Tensor]]
+_chosen = threading.local()
+
+
+@contextlib.contextmanager
+def chosen(kernel: Kernel | None) -> Iterator[None]:
+    """Within it, this thread's `attend` uses that kernel; None: the one that fits best."""
+    before = getattr(_chosen, "kernel", None)
+    _chosen.kernel = kernel
+    try:
+        yield
+    finally:
+        _chosen.kernel = before
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None, scale: float | None) -> Part:
     """One block. `mask`: True or 0 for what may be seen, broadcast to [b, h, q, k]."""
     if not key.shape[2] or not query.numel():  # the kernels divide by the number of keys
         return _nothing(query, value)
     bias = None if mask is None else additive(mask, query.dtype)
-    out, lse = _kernel(query, key, value, bias, scale)
+    kernel: Kernel = getattr(_chosen, "kernel", None) or automatic
+    out, lse = kernel(query, key, value, bias, scale)
     lse = lse.float()
     if bias is not None:
         blind = torch.isneginf(bias).all(-1)  # kernels disagree on what such a row's denominator is
@@ -61,24 +81,53 @@ def _nothing(query: Tensor, value: Tensor) -> Part:
     return Part(out=out, lse=torch.full(shape, -math.inf, dtype=torch.float32, device=query.device))
 
 
-def _kernel(
+def automatic(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor]:
+    """The kernel that fits the device and the tensors best."""
     same_channels = query.shape[-1] == value.shape[-1]
     if query.device.type == "cpu" and same_channels:
+        return flash(query, key, value, bias, scale)
+    if query.device.type == "cuda" and same_channels and _fits_flash(query):
+        return flash(query, key, value, bias, scale) if bias is None else efficient(query, key, value, bias, scale)
+    return explicit(query, key, value, bias, scale)
+
+
+def flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Torch's flash kernel. On CUDA it takes no bias."""
+    if query.device.type == "cpu":
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=bias, scale=scale
+            query, key, value, 0.0, causal, attn_mask=bias, scale=scale
         )
         return out, lse
-    if query.device.type == "cuda" and same_channels and _fits_flash(query):
-        if bias is None:
-            flash = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False, scale=scale)
-            return flash[0], flash[1]
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, _aligned(bias, query, key), True, 0.0, False, scale=scale
-        )
-        return efficient[0], efficient[1][..., : query.shape[2]]
-    return explicit(query, key, value, bias, scale)
+    assert bias is None, "the flash kernel of CUDA takes no bias"
+    found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scale)
+    return found[0], found[1]
+
+
+def efficient(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float | None,
+    *,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Torch's memory-efficient kernel, of CUDA only."""
+    full = None if bias is None else aligned(bias, query, key)
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, full, True, 0.0, causal, scale=scale
+    )
+    return found[0], found[1][..., : query.shape[2]]
 
 
 def _fits_flash(query: Tensor) -> bool:
@@ -87,7 +136,7 @@ def _fits_flash(query: Tensor) -> bool:
     return half and channels % FLASH_STEP == 0 and channels <= FLASH_LARGEST
 
 
-def _aligned(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+def aligned(bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The bias for the memory-efficient kernel: of full shape (by strides of 0), its rows at aligned addresses."""
     missing = -key.shape[2] % BIAS_ALIGNMENT
     rows = bias.expand(*bias.shape[:3], key.shape[2])

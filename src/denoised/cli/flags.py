@@ -18,10 +18,7 @@ import typer
 from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidConfigError
 from denoised.request import OmniDiffusionSamplingParams
-from denoised.rules import RULES
 
-ABSENT = frozenset(rule.absent for rule in RULES)
-ABSENT_PANEL = "Not in this version (refused with the reason)"
 # Names that users know beside the field's own; the first is the one that help shows.
 SPELLINGS = {
     "ulysses_degree": ("--usp", "--ulysses-degree"),
@@ -84,7 +81,7 @@ def _flag(field: dataclasses.Field[Any], hint: Any, panel: str) -> Flag:
         name=field.name,
         spellings=SPELLINGS.get(field.name, ("--" + field.name.replace("_", "-"),)),
         kind=_kind(hint),
-        panel=ABSENT_PANEL if field.name in ABSENT - NEGATED else panel,
+        panel=panel,
         help=_help(field),
     )
 
@@ -137,7 +134,7 @@ def with_flags(*tables: dict[str, Flag]) -> Callable[[Callable[..., None]], Call
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        made = sorted((f for table in tables for f in table.values()), key=lambda flag: flag.panel == ABSENT_PANEL)
+        made = [flag for table in tables for flag in table.values()]
         parameters = [*own, *(flag.parameter() for flag in made)]
         command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}

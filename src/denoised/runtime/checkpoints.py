@@ -20,6 +20,8 @@ from torch import nn
 from denoised import hf
 from denoised.errors import InvalidRequestError
 from denoised.request import OmniDiffusionSamplingParams, Request, Service
+from denoised.runtime import quantizing
+from denoised.steps import parts
 from denoised.steps.packing import Packed, UnpackableError, pack
 from denoised.steps.replay import Past, Prediction, StepState
 
@@ -81,9 +83,10 @@ class Saver:
         self._request, self._model, self._digest = request, model, digest(request)
         self._loras = list(loras)
 
-    def save(self, past: Past) -> Checkpoint:
-        """A checkpoint in CPU memory."""
-        packed = pack({"request": _told(self._request), "past": _plain(past)}, copy=False)
+    def save(self, past: Past, remembered: Any = None) -> Checkpoint:
+        """A checkpoint in CPU memory. `remembered`: what features keep of steps, as a tree that can be packed."""
+        told = {"request": _told(self._request), "past": _plain(past)}
+        packed = pack(told | ({} if remembered is None else {"remembered": remembered}), copy=False)
         meta = {
             "version": VERSION,
             "model": self._model,
@@ -119,6 +122,11 @@ def open_past(checkpoint: Any, request: Request, *, model: str, loras: Sequence[
         return _past(found["past"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InvalidRequestError(_NO_CHECKPOINT) from error
+
+
+def remembered(checkpoint: Any) -> Any:
+    """What features kept of steps; None if nothing was. Raises as `open_past`, which says more."""
+    return _opened(checkpoint).get("remembered")
 
 
 def request_of(checkpoint: Any, request_id: str, service: Service) -> Request:
@@ -248,7 +256,7 @@ def to_fingerprint(pipeline: Any) -> Callable[[], str]:
             few += [_sample(tensor) for tensor in list(weights.values())[:: max(1, len(weights) // _WEIGHTS)]]
 
     def read() -> str:
-        found = hashlib.blake2b(repr(known).encode(), digest_size=16)
+        found = hashlib.blake2b(repr(known + quantizing.methods(pipeline)).encode(), digest_size=16)
         for tensor in few:
             # A copy into a plain tensor reads one that is still in its file.
             found.update(torch.zeros(tensor.shape).copy_(tensor).numpy().tobytes())
@@ -265,7 +273,7 @@ def _config_of(part: Any) -> str:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    few = tensor.detach()
+    few = parts.parts(tensor)[0].detach()
     while few.dim() > 1:  # not `flatten`: of a weight that is in a file only this much is read
         few = few[0] if few.shape[0] else few.new_empty(0)
     return few[:_SAMPLES] if few.dim() == 1 else few

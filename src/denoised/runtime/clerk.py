@@ -17,7 +17,7 @@ from denoised.config import EngineConfig
 from denoised.errors import EngineError, InvalidRequestError, one_line
 from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
 from denoised.request import Request
-from denoised.runtime import ship
+from denoised.runtime import calibrations, ship
 from denoised.runtime.desk import Desk
 from denoised.runtime.failures import refused
 from denoised.runtime.kept import Kept
@@ -40,6 +40,7 @@ class Clerk:
     """Requests without an output, the replicas that run them, and the thread that brings both together."""
 
     def __init__(self, config: EngineConfig) -> None:
+        config, self._promise = calibrations.within(config)
         self._config, self._scratch = ship.for_ranks(config)
         self._inbox: queue.SimpleQueue[RankSays | Callable[[], None]] = queue.SimpleQueue()
         self._replicas = Replicas(self._config, lambda *said: self._inbox.put(said))
@@ -183,7 +184,7 @@ class Clerk:
         self._kept.drop(request_id)
         self._scheduler.remove(request_id, took(output))
         if entry is not None:
-            output = entry.finished(output, None if self._replicas.follows else replica)
+            output = entry.finished(output, None if self._replicas.follows else replica, self._promise)
             self._desk.ended(output, time.monotonic())
             self._tell(entry, output)
         elif self._replicas.torchrun:

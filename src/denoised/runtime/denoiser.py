@@ -4,13 +4,16 @@ Features are applied innermost first. Those that this version has:
 
     expert     1  experts dealt whole, and marked so that tensor leaves them alone
     tensor     1  plain local shards; all later features see ordinary Linears
+    quantize   2  other tensors as weights, made of the shards when those are read
     lora       3  stand-ins for layers' forwards, which add what a request brings; its part follows from the layer's
+    compile    4  block bodies, compiled before the first request; what stands around blocks stays outside the graph
     pipeline   5  blocks of other stages: forward replaced, weights dropped, module kept in place
     shard      6  decides where weights live: FSDP2 per block
     offload    6  or on the device only while they are needed; its gates stand inside of what pipeline makes of blocks
                -  what is still needed of the weights is read from the files, unless one of these two reads them
     cache      7  may skip a range of blocks; the decision is agreed across ranks, its state is the request's
     sequence   8  split at the plan's inputs, gather at its outputs, exchange inside attention; silence is an error
+    attention  8  a kernel by name computes what is left after the exchange
     guidance   9  deals rows to the cfg axis, joins rows of requests
     trap      10  outermost: a task stops here
 
@@ -25,16 +28,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from denoised import hf
+from denoised.attention.backends import Backend
 from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidConfigError
-from denoised.features import cache, expert, hsdp, pipeline, sequence, tensor, vae_patch
+from denoised.features import attention_backend, cache, compile, expert, hsdp, pipeline, sequence, tensor, vae_patch
 from denoised.features.guidance import Guidance, Stages
 from denoised.features.lora import Sites
 from denoised.features.offload import Offload
-from denoised.runtime import calibrations, weights
+from denoised.runtime import calibrations, quantizing, warming, weights
 from denoised.runtime.load import num_load_threads
 from denoised.runtime.mesh import Mesh
 from denoised.runtime.offloading import offload_of
@@ -55,13 +60,25 @@ def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None, s
     """
     stages: dict[str, Stages] = {}
     _check_cache(pipe, spec, config)
+    attends = _attention(pipe, spec, config)
+    quantizing.check(pipe, spec, config)
     offload = offload_of(pipe, spec, config)
+    bodies = _bodies(pipe, spec, config)
     if mesh is not None:
-        stages = _divide(pipe, spec, config.parallel_config, mesh, offload)
+        stages = _divide(pipe, spec, config.parallel_config, mesh, offload, bodies)
+    elif bodies is not None:
+        for name in spec.denoisers:
+            compile.apply(getattr(pipe, name), spec, bodies)
+    quantizing.apply(pipe, spec, config)
     if sites is not None:
         sites.prepare()
     _place(pipe, spec, config, mesh, offload)
+    for name, backend in attends.items():
+        attention_backend.apply(getattr(pipe, name), backend, name)
     rules = row_rules(spec)
+    if bodies is not None:
+        first = mesh is None or mesh.rank == 0
+        warming.warm(pipe, spec, config, bodies, device=_computes_on(), rules=rules, says=first)
     guidance = Guidance(
         rules=lambda call: rules,
         num_ranks=mesh.axes["cfg"] if mesh is not None else 1,
@@ -78,7 +95,12 @@ def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None, s
 
 
 def _divide(
-    pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh, offload: Offload | None
+    pipe: Any,
+    spec: ModelSpec,
+    parallel: DiffusionParallelConfig,
+    mesh: Mesh,
+    offload: Offload | None,
+    bodies: compile.Bodies | None,
 ) -> dict[str, Stages]:
     """All that needs no weight's value, and all that can be refused: nothing has been read when this returns.
 
@@ -87,7 +109,7 @@ def _divide(
     _check_denoisers(spec, parallel)
     stages: dict[str, Stages] = {}
     for name in spec.denoisers:
-        stages |= _cut_denoiser(name, getattr(pipe, name), spec, parallel, mesh, offload)
+        stages |= _cut_denoiser(name, getattr(pipe, name), spec, parallel, mesh, offload, bodies)
     _cut_encoders(pipe, spec, parallel, mesh)
     if parallel.vae_patch_parallel_size > 1:
         vae_patch.apply(_vae(pipe, spec), mesh.neighbours(parallel.vae_patch_parallel_size))
@@ -101,12 +123,15 @@ def _cut_denoiser(
     parallel: DiffusionParallelConfig,
     mesh: Mesh,
     offload: Offload | None,
+    bodies: compile.Bodies | None,
 ) -> dict[str, Stages]:
     stages: dict[str, Stages] = {}
     if parallel.enable_expert_parallel:
         expert.apply(model, spec, tensor=mesh.group("tensor"), sequence=mesh.span("ring", "ulysses"))
     if mesh.axes["tensor"] > 1:
         tensor.apply(model, spec, mesh.group("tensor"))
+    if bodies is not None:
+        compile.apply(model, spec, bodies)
     if offload is not None:
         offload.gate(model)
     if mesh.axes["pipeline"] > 1:
@@ -163,6 +188,30 @@ def _check_cache(pipe: Any, spec: ModelSpec, config: EngineConfig) -> None:
     for name in spec.denoisers if config.caches else ():
         found = calibrations.beside(config.model)
         cache.check(getattr(pipe, name), spec, str(config.cache_backend), config.cache_config, calibration=found)
+
+
+def _attention(pipe: Any, spec: ModelSpec, config: EngineConfig) -> dict[str, Backend]:
+    """Components whose attention has a kernel by name."""
+    chosen = attention_backend.choice(config.attention_backend, spec.denoisers)
+    device, ring = torch.device(_computes_on()), config.parallel_config.ring_degree
+    return attention_backend.check(hf.components(pipe), chosen, device=device, ring_degree=ring)
+
+
+def _bodies(pipe: Any, spec: ModelSpec, config: EngineConfig) -> compile.Bodies | None:
+    """Where compiled bodies go; None: blocks run as they are written, as by default do those of a CPU."""
+    if not warming.is_asked(config, _computes_on()):
+        return None
+    by_default = config.enforce_eager is None and not config.compile_shapes
+    models = [getattr(pipe, name) for name in spec.denoisers]
+    if by_default and not (models and all(compile.has_blocks(model, spec) for model in models)):
+        return None
+    if not models:
+        raise InvalidConfigError(f"enforce_eager=False: {spec.pipeline} has no denoiser to compile; leave it out.")
+    return compile.Bodies()
+
+
+def _computes_on() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _cache(denoisers: list[nn.Module], spec: ModelSpec, config: EngineConfig, mesh: Mesh | None) -> None:

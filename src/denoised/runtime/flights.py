@@ -7,11 +7,12 @@ import time
 from typing import Any
 
 from denoised import hf
-from denoised.errors import one_line
+from denoised.errors import InvalidRequestError, one_line
+from denoised.features.cache import keeping
 from denoised.features.lora import Adapters
 from denoised.outputs import Saved
 from denoised.request import Request
-from denoised.runtime import checkpoints, previews, program
+from denoised.runtime import checkpoints, previews, program, quantizing
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.results import InFlight
 from denoised.spec.model_spec import ModelSpec
@@ -21,10 +22,19 @@ from denoised.steps.task import Task
 from denoised.steps.trap import StepObserver
 
 
+class _Task(Task):
+    """A task that shows what features keep of its calls."""
+
+    @property
+    def states(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """By denoiser and branch; the task's own."""
+        return self._state
+
+
 class Runway:
     """Starts tasks on one pipeline. `fingerprint`: of the model, for checkpoints; `sees_all`: as in `Journal`.
 
-    caches: denoisers remember steps, which checkpoints do not hold, so that a request goes on from its start.
+    caches: denoisers remember steps; a request whose checkpoint does not hold them goes on from its start.
     """
 
     def __init__(
@@ -41,6 +51,7 @@ class Runway:
         self._sees_all, self.adapters, self._caches = sees_all, adapters, caches
         self._device = hf.execution_device(pipeline)
         self._arities: dict[str, Any] = {}
+        self._quantized = quantizing.report(pipeline)
 
     def request(self, request: Request) -> InFlight:
         """A request, from its checkpoint if it has one.
@@ -56,10 +67,11 @@ class Runway:
             raise
 
     def _request(self, request: Request) -> InFlight:
-        replay = None
+        replay, states = None, dict[tuple[str, int], dict[str, Any]]()
         if request.resume is not None:
             past = checkpoints.open_past(request.resume, request, model=self._fingerprint, loras=self._loras(request))
-            replay = Replay(past, device=self._device) if not self._caches else None
+            states = self._remembered(request.resume)
+            replay = Replay(past, device=self._device) if states or not self._caches else None
         service = request.service
         observer = StepObserver() if request.params.return_trajectory_latents else None
         journal = None
@@ -75,9 +87,26 @@ class Runway:
         flight.resumed_from = flight.told = replay.past.iteration if replay is not None else 0
         if service.num_previews:
             flight.memory = previews.Memory()
-        if request.resume is not None and self._caches:
-            flight.task.note("resume: computed from the start, for what a cache keeps of steps is not in checkpoints.")
+        flight.states.update(states)
+        if request.resume is not None and replay is None:
+            flight.task.note("resume: computed from the start, for the checkpoint does not hold what a cache keeps.")
+        elif request.resume is not None and not self._caches and checkpoints.remembered(request.resume) is not None:
+            flight.task.note(
+                "resume: the checkpoint was made with a cache; here every step from there on is computed."
+            )
         return flight
+
+    def _remembered(self, checkpoint: Any) -> dict[tuple[str, int], dict[str, Any]]:
+        """What its cache kept of steps; nothing if this engine has none.
+
+        Raises:
+            InvalidRequestError: the checkpoint is damaged.
+        """
+        found = checkpoints.remembered(checkpoint) if self._caches else None
+        try:
+            return keeping.restore(found or (), self._device)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidRequestError(f"resume: the checkpoint is damaged ({one_line(error)}).") from error
 
     def again(self, flight: InFlight) -> InFlight:
         """The same request from its start, because what its checkpoint kept is not enough."""
@@ -119,7 +148,10 @@ class Runway:
             flight.saver = checkpoints.Saver(
                 flight.request, model=self._fingerprint, loras=self._loras(flight.request)
             )
-        return Saved(request_id=flight.request.request_id, step=past.iteration, checkpoint=flight.saver.save(past))
+        # Of several ranks of the cfg axis each has the states of its own rows.
+        known = keeping.keep(flight.states) if self._caches and self._sees_all else None
+        checkpoint = flight.saver.save(past, known)
+        return Saved(request_id=flight.request.request_id, step=past.iteration, checkpoint=checkpoint)
 
     def _flight(self, request: Request, journal: Journal | None, observer: StepObserver | None) -> InFlight:
         flight = InFlight(
@@ -132,7 +164,7 @@ class Runway:
         call = program.build(
             self._pipeline, request, self._info, report=flight.report, observer=observer, journal=journal
         )
-        flight.task = Task(
+        flight.task = _Task(
             request.request_id,
             call,
             seed=request.seed,
@@ -141,7 +173,9 @@ class Runway:
             journal=journal,
             adapters=self.adapters.active(request.loras),
         )
+        flight.states = flight.task.states
         flight.loras = self.adapters.told(request.loras)
+        flight.quantized = self._quantized
         return flight
 
     def _loras(self, request: Request) -> list[list[Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from denoised.errors import RequestAbortedError, RequestTimeoutError
 from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
 from denoised.request import Request
+from denoised.runtime.calibrations import Promise
 from denoised.runtime.failures import refused
 
 _log = logging.getLogger(__name__)
@@ -33,9 +34,12 @@ class Pending:
         except Exception:
             _log.exception("the listener of request %s raised", self.request.request_id)
 
-    def finished(self, output: OmniRequestOutput, replica: int | None) -> OmniRequestOutput:
+    def finished(
+        self, output: OmniRequestOutput, replica: int | None, promise: Promise | None = None
+    ) -> OmniRequestOutput:
         """The output as its listener gets it: with its replica and restarts, or with the reason of its stop.
 
+        promise: of its quality.
         replica: where it ran; None: who says it knows better.
         """
         if self.stop is not None and output.error_kind == "aborted":
@@ -43,6 +47,7 @@ class Pending:
         if output.receipt is None or replica is None:
             return output
         receipt = dataclasses.replace(output.receipt, replica=replica, restarts=self.restarts)
+        receipt = promise.onto(receipt) if promise is not None else receipt
         return dataclasses.replace(output, receipt=receipt)
 
 

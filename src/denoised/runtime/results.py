@@ -33,7 +33,7 @@ class InFlight:
 
     told: the last iteration that was looked at for checkpoints and previews. resumed_from: the iteration that its
     checkpoint is of. queued: seconds from its submission until it began here. A preview has a `parent`, its number,
-    and the step that it shows.
+    and the step that it shows. states: what features keep of its calls, by denoiser and branch.
     """
 
     request: Request
@@ -51,6 +51,7 @@ class InFlight:
     queued: float = 0.0
     told: int = 0
     loras: list[dict[str, Any]] = field(default_factory=list)
+    quantized: list[dict[str, Any]] = field(default_factory=list)
     saver: Saver | None = None
     memory: Memory | None = None
     num_recalled: int = 0
@@ -58,6 +59,7 @@ class InFlight:
     parent: InFlight | None = None
     preview: int = 0
     preview_step: int = 0
+    states: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     @property
     def needs_its_start(self) -> bool:
@@ -137,6 +139,7 @@ def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str
         versions=memory.versions(),
         cache=cached,
         loras=flight.loras,
+        quantized=flight.quantized,
         notes=[*flight.task.notes, *_inert(work), *cache_report.inert(cached), *_unkept(flight)],
     )
 

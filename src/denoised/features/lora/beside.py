@@ -54,6 +54,9 @@ class Beside:
     that these stay outside. Without adapters it costs a look into a dict. `weights` are by adapter.
     """
 
+    # Without adapters it does nothing, so that whoever runs a layer without any may leave it out meanwhile.
+    steps_aside = True
+
     def __init__(self, layer: nn.Module) -> None:
         functools.update_wrapper(self, layer.forward)  # who asks sees the layer's own signature
         self.forward = layer.forward
