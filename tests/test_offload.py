@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import os
 import resource
@@ -267,8 +268,11 @@ def test_the_three_settings_fit_by_the_arithmetic_of_the_plan() -> None:
     assert [way.change for way in found] == [
         "dtype='bfloat16'",
         "enable_layerwise_offload=True",
-        "tensor_parallel_size=2",
+        "quantization='int8_weight_only'",
     ]
+    quantized = rescue.needs(facts, dataclasses.replace(config, quantization="int8_weight_only"))
+    assert 0.25 * need < quantized < need, "what is not in blocks stays as it is"
+    assert found[2].num_bytes == quantized
     least = rescue.ways(facts, config, 1.0)
     assert [way.num_bytes for way in least] == sorted(way.num_bytes for way in least), (
         "none fits: those that need least"

@@ -24,7 +24,7 @@ from denoised.runtime.memory import in_use
 from denoised.runtime.planning.ask import Ask
 from denoised.runtime.planning.facts import ModelFacts
 from denoised.runtime.planning.hardware import USABLE
-from denoised.runtime.planning.layout import Layout, of_config, problem
+from denoised.runtime.planning.layout import of_config, problem
 from denoised.runtime.planning.memory import Memory, fullest_stage, held, memory
 from denoised.runtime.planning.reading import ITEMSIZE, read
 
@@ -34,6 +34,8 @@ _IMPORTED = {name: in_use(name) for name in ("VmSize", "VmData")}
 NUM_WAYS = 3
 # Side of the tiles of most VAEs, in pixels.
 TILE = 512
+# Bytes of a weight in the way of quantization that is advised, and in all but those of GGUF files.
+QUANTIZED, QUANTIZED_SIZE = "int8_weight_only", 1
 # Degrees that are tried of tensor and pipeline parallelism.
 DEGREES = (2, 4, 8)
 
@@ -105,6 +107,9 @@ def _changes(facts: ModelFacts, config: EngineConfig) -> Iterator[tuple[str, Mod
         changed = None if getattr(config, setting) else _changed(facts, config, **{setting: True})
         if changed is not None and (setting != "vae_use_tiling" or facts.vae_refusal is None):
             yield f"{setting}=True", facts, changed
+    changed = None if config.quantization else _changed(facts, config, quantization=QUANTIZED)
+    if changed is not None:
+        yield f"quantization={QUANTIZED!r}", facts, changed
     for setting in ("tensor_parallel_size", "pipeline_parallel_size"):
         for degree in (d for d in DEGREES if d > getattr(config.parallel_config, setting)):
             sizes: dict[str, Any] = {setting: degree}
@@ -153,22 +158,25 @@ def needs(facts: ModelFacts, config: EngineConfig) -> float:
 
 def resident_weights(found: Memory, facts: ModelFacts, config: EngineConfig) -> float:
     """Bytes of weights that are on the device at once."""
-    if config.enable_cpu_offload:
-        return max(found.weights.values())
-    if config.enable_layerwise_offload:
-        layout, blocks = of_config(config.parallel_config), config.layerwise_num_gpu_layers + 1
-        return max(_streamed(name, size, layout, facts, blocks) for name, size in found.weights.items())
-    return sum(found.weights.values())
+    sizes = [_size(name, size, facts, config) for name, size in found.weights.items()]
+    return max(sizes) if config.enable_cpu_offload or config.enable_layerwise_offload else sum(sizes)
 
 
-def _streamed(name: str, size: float, layout: Layout, facts: ModelFacts, num_blocks: int) -> float:
-    """Of one component whose blocks come one by one; of what is no denoiser the blocks are not known."""
+def _size(name: str, size: float, facts: ModelFacts, config: EngineConfig) -> float:
+    """Of one component; its blocks come one by one where they are offloaded, and are small where they are quantized.
+    Of what is no denoiser the blocks are not known."""
     denoiser = next((d for d in facts.denoisers if d.name == name), None)
     if denoiser is None or not denoiser.blocks:
         return size
-    largest = max(held(block, layout) for block in denoiser.blocks)
-    streamed = min(num_blocks * largest, fullest_stage(denoiser, layout))
-    return (held(denoiser.rest, layout) + streamed) * facts.itemsize
+    layout = of_config(config.parallel_config)
+    blocks = fullest_stage(denoiser, layout)
+    rest = size - blocks * facts.itemsize
+    if config.enable_layerwise_offload:
+        largest = max(held(block, layout) for block in denoiser.blocks)
+        blocks = min((config.layerwise_num_gpu_layers + 1) * largest, blocks)
+        rest = held(denoiser.rest, layout) * facts.itemsize
+    is_small = {"", name} & set(config.quantized)
+    return rest + blocks * (QUANTIZED_SIZE if is_small else facts.itemsize)
 
 
 def _limit(config: EngineConfig) -> float:
