@@ -22,15 +22,6 @@ from denoised.steps.task import Task
 from denoised.steps.trap import StepObserver
 
 
-class _Task(Task):
-    """A task that shows what features keep of its calls."""
-
-    @property
-    def states(self) -> dict[tuple[str, int], dict[str, Any]]:
-        """By denoiser and branch; the task's own."""
-        return self._state
-
-
 class Runway:
     """Starts tasks on one pipeline. `fingerprint`: of the model, for checkpoints; `sees_all`: as in `Journal`.
 
@@ -87,7 +78,7 @@ class Runway:
         flight.resumed_from = flight.told = replay.past.iteration if replay is not None else 0
         if service.num_previews:
             flight.memory = previews.Memory()
-        flight.states.update(states)
+        flight.task.states.update(states)
         if request.resume is not None and replay is None:
             flight.task.note("resume: computed from the start, for the checkpoint does not hold what a cache keeps.")
         elif request.resume is not None and not self._caches and checkpoints.remembered(request.resume) is not None:
@@ -149,7 +140,7 @@ class Runway:
                 flight.request, model=self._fingerprint, loras=self._loras(flight.request)
             )
         # Of several ranks of the cfg axis each has the states of its own rows.
-        known = keeping.keep(flight.states) if self._caches and self._sees_all else None
+        known = keeping.keep(flight.task.states) if self._caches and self._sees_all else None
         checkpoint = flight.saver.save(past, known)
         return Saved(request_id=flight.request.request_id, step=past.iteration, checkpoint=checkpoint)
 
@@ -164,7 +155,7 @@ class Runway:
         call = program.build(
             self._pipeline, request, self._info, report=flight.report, observer=observer, journal=journal
         )
-        flight.task = _Task(
+        flight.task = Task(
             request.request_id,
             call,
             seed=request.seed,
@@ -173,7 +164,6 @@ class Runway:
             journal=journal,
             adapters=self.adapters.active(request.loras),
         )
-        flight.states = flight.task.states
         flight.loras = self.adapters.told(request.loras)
         flight.quantized = self._quantized
         return flight

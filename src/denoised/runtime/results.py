@@ -33,7 +33,7 @@ class InFlight:
 
     told: the last iteration that was looked at for checkpoints and previews. resumed_from: the iteration that its
     checkpoint is of. queued: seconds from its submission until it began here. A preview has a `parent`, its number,
-    and the step that it shows. states: what features keep of its calls, by denoiser and branch.
+    and the step that it shows.
     """
 
     request: Request
@@ -59,7 +59,6 @@ class InFlight:
     parent: InFlight | None = None
     preview: int = 0
     preview_step: int = 0
-    states: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     @property
     def needs_its_start(self) -> bool:

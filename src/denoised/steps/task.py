@@ -38,6 +38,8 @@ class Task:
     arities: remembers, per denoiser, the outline of its output.
     journal: records what the program does, and answers it where it is run again; None: neither.
     adapters: that act in its calls, by component.
+
+    `states` is what features keep of its calls, by denoiser and branch.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Task:
         self._adapters = dict(adapters or {})
         self._arities = arities if arities is not None else {}
         self._branch = 0
-        self._state: dict[tuple[str, int], dict[str, Any]] = {}
+        self.states: dict[tuple[str, int], dict[str, Any]] = {}
         self._random_state = torch.Generator().manual_seed(seed).get_state()
         self._to_task, self._to_engine = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._main, name=f"task-{task_id}", daemon=True)
@@ -133,7 +135,7 @@ class Task:
                 return answer
             call.args, call.kwargs = self.journal.arguments((call.args, call.kwargs))
         stateful = is_denoiser and call.stateful
-        call.state = self._state.setdefault((target.name, call.branch), {})
+        call.state = self.states.setdefault((target.name, call.branch), {})
         self.pending.append(call)
         if not is_denoiser:
             return call.source.get()
@@ -196,7 +198,7 @@ class Task:
         self.done = True
         self._program = None
         self.pending.clear()
-        self._state.clear()
+        self.states.clear()
 
 
 def _arity_key(target: Target, kwargs: dict[str, Any]) -> str:
