@@ -105,6 +105,8 @@ def test_rows_that_may_move_are_dealt_anew_around_what_else_ranks_do() -> None:
     price = {made: float(number + 1) for number, made in enumerate(calls)}.__getitem__
     assert [rank for rank, _ in placement.deal(calls, nothing, price)] == [0, 1, 1, 0], "4 and 1, 3 and 2"
     assert [rank for rank, _ in placement.deal(calls, nothing, price, (10.0, 0.0))] == [1, 1, 1, 1]
+    assert [rank for rank, _ in placement.deal(calls, nothing, price)] == [1, 0, 0, 1], "4 stays where it was"
+    assert [rank for rank, _ in placement.deal(calls, nothing, price, (0.0, 0.01))] == [1, 0, 0, 1], "as good as that"
     assert [rank for rank, _ in placement.deal(calls, nothing, price, (0.0, 4.0))] == [1, 1, 0, 0]
     assert placement.homes(calls[0]) == (None,)
 

@@ -14,6 +14,9 @@ from denoised.steps.rows import Piece, RowRules, batch_size, cost, signature
 
 Key = tuple[str, int, int]
 
+# A rank that has so much more to do, in rows like the one that is dealt, is as good as the one that has least.
+AS_GOOD = 0.05
+
 
 @dataclass(kw_only=True)
 class Placement:
@@ -21,7 +24,8 @@ class Placement:
     rank's fair share.
 
     sticky: a row lives on its rank for the life of its request, for what caches remember of it is there. Otherwise
-        rows are dealt anew in each tick, the longest first, around what else ranks have to do in it.
+        rows are dealt anew in each tick, the longest first, around what else ranks have to do in it; a row stays where
+        it was if that is as good.
     """
 
     num_ranks: int
@@ -29,6 +33,7 @@ class Placement:
     _rank: dict[Key, int] = field(default_factory=dict)
     _cost: dict[Key, float] = field(default_factory=dict)
     _bound: set[str] = field(default_factory=set)
+    _before: dict[Key, int] = field(default_factory=dict)
     _taken: Sequence[float] = ()
 
     def deal(
@@ -57,6 +62,7 @@ class Placement:
 
     def _start_anew(self, taken: Sequence[float]) -> None:
         """Only calls that are bound to a rank stay where they are."""
+        self._before |= self._rank
         self._rank = {key: rank for key, rank in self._rank.items() if key[0] in self._bound}
         self._cost, self._taken = {}, taken
 
@@ -95,9 +101,13 @@ class Placement:
         return self._rank[keys[0]]
 
     def _place(self, key: Key, home: int | None, work: float) -> None:
-        loads = [self._load(rank) for rank in range(self.num_ranks)]
-        self._rank[key] = loads.index(min(loads)) if home is None else home
+        self._rank[key] = self._best(key, work) if home is None else home
         self._cost[key] = work
+
+    def _best(self, key: Key, work: float) -> int:
+        loads = [self._load(rank) for rank in range(self.num_ranks)]
+        before = self._before.get(key, loads.index(min(loads)))
+        return before if loads[before] <= min(loads) + AS_GOOD * work else loads.index(min(loads))
 
     def _load(self, rank: int) -> float:
         taken = self._taken[rank] if self._taken else 0.0
@@ -107,6 +117,7 @@ class Placement:
         """Forget the rows of a finished request."""
         self._rank = {key: rank for key, rank in self._rank.items() if key[0] != task_id}
         self._cost = {key: cost for key, cost in self._cost.items() if key[0] != task_id}
+        self._before = {key: rank for key, rank in self._before.items() if key[0] != task_id}
         self._bound.discard(task_id)
 
 
