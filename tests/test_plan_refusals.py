@@ -82,7 +82,7 @@ def engine_refusal(pipeline: Any, layout: Layout) -> str | None:
     try:
         validate(EngineConfig(parallel_config=parallel))
         mesh = Mesh(parallel, device="cpu", timeout=PATIENCE)
-        denoiser._divide(_copied(pipeline), resolve(pipeline), parallel, mesh, None)
+        denoiser._divide(_copied(pipeline), resolve(pipeline), parallel, mesh, None, None)
     except InvalidConfigError as error:
         return str(error)
     finally:

@@ -129,13 +129,11 @@ class Dispatch:
         return {call: prices[part.kind] for call, part in self._parts(calls).items()}
 
     def taken(self) -> list[float]:
-        """Predicted seconds that each rank of the cfg axis spends in encoder and VAE calls in this turn; where they
-        are equal, a little less for the rank that has worked less."""
+        """Predicted seconds that each rank of the cfg axis spends in encoder and VAE calls in this turn."""
         whole = {part.kind for wish in self.turn.wishes if wish.whole for part in wish.parts}
-        costs, favours = self.turns.costs, self.turns.favours()
+        costs = self.turns.costs
         loads = self.turn.loads or ((),) * self._num_ranks
-        seconds = [sum(costs.seconds(load) for load in own if load.kind in whole) for own in loads]
-        return [sum(pair) for pair in zip(seconds, favours, strict=True)]
+        return [sum(costs.seconds(load) for load in own if load.kind in whole) for own in loads]
 
     def measured(self, seconds: float, busy: float) -> None:
         """A whole tick took so long, of which the busiest rank worked `busy`. Of this rank alone: for `costs` only."""

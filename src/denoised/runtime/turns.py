@@ -28,8 +28,8 @@ from denoised.runtime.protocol import StepCost
 
 # Rows of another kind that fill idle ranks may make a tick this much longer than the leader's own.
 STRETCH = 2.0
-# Seconds that a second of earlier work counts for, when ranks are compared.
-FAVOUR = 1e-6
+# Seconds that a second of earlier work counts for, when ranks are compared: of equal ones the next is another one.
+FAVOUR = 1e-9
 # How many requests alike costs are told for: what an engine has in flight, as a rule.
 CROWD = 8
 
@@ -213,7 +213,7 @@ class Turns:
         )
 
     def _turn(self, wishes: Sequence[Wish]) -> Turn:
-        desks = [_Desk(seconds=favour) for favour in self.favours()]
+        desks = [_Desk(seconds=FAVOUR * had) for had in self._had]
         places = tuple(self._dealt(desks, wishes))
         loads = [self.joined(list(desk.loads.items())) for desk in desks]
         seconds = max(self.costs.rank_seconds(own) for own in loads)
@@ -235,11 +235,6 @@ class Turns:
                 desks[place].take(wish, part, price)
                 if wish.whole:
                     yield wish.request_id, place
-
-    def favours(self) -> list[float]:
-        """Next to nothing for each rank, the more the longer it has worked: of equal ranks the next is another one."""
-        least = min(self._had)
-        return [FAVOUR * (had - least) for had in self._had]
 
     def prices(self, wishes: Sequence[Wish]) -> dict[Kind, float]:
         """Seconds of one row of each kind, or of a whole call, if these run together: joined rows take less each."""
