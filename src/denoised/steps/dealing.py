@@ -106,8 +106,10 @@ class Placement:
 
     def _best(self, key: Key, work: float) -> int:
         loads = [self._load(rank) for rank in range(self.num_ranks)]
-        before = self._before.get(key, loads.index(min(loads)))
-        return before if loads[before] <= min(loads) + AS_GOOD * work else loads.index(min(loads))
+        homes = [rank for k, rank in (self._before | self._rank).items() if k[0] == key[0]]
+        least = min(range(self.num_ranks), key=lambda rank: (loads[rank], homes.count(rank)))
+        before = self._before.get(key, least)
+        return before if loads[before] <= loads[least] + AS_GOOD * work else least
 
     def _load(self, rank: int) -> float:
         taken = self._taken[rank] if self._taken else 0.0
