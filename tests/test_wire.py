@@ -79,6 +79,8 @@ def _objects(wire: Wire) -> None:
     mean = torch.arange(16.0).reshape(1, 4, 2, 2) + 100 * wire.rank  # rank 0 is the sender of the first
     made = {"dist": DiagonalGaussianDistribution(mean), "steps": 3}
     assert wire.carries(made)
+    assert wire.carries(torch.ones(4), max_bytes=16)
+    assert not wire.carries(torch.ones(5), max_bytes=16)
     got = tick(wire, [made, torch.ones(1), {"text": "b", "more": (torch.zeros(2), 0.5)}])
     found = got[0]["dist"]
     assert (type(found), got[0]["steps"], got[2]["text"], got[2]["more"][1]) == (type(made["dist"]), 3, "b", 0.5)

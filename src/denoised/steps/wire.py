@@ -57,13 +57,15 @@ class Wire:
         self._flat: dict[Key, tuple[list[torch.Tensor], Any]] = {}
         self.num_exchanges = 0
 
-    def carries(self, tree: Any) -> bool:
-        """Whether `tree` can travel, and comes out as what it was."""
+    def carries(self, tree: Any, *, max_bytes: int | None = None) -> bool:
+        """Whether `tree` can travel, and comes out as what it was; no larger than that, if it is given."""
         try:
             leaves, _ = apart.flatten(tree)
         except TypeError:
             return False
         here = self._device.type
+        if max_bytes is not None and apart.layout(leaves, None).num_bytes > max_bytes:
+            return False
         return all(x.device.type == here and x.layout == torch.strided and not x.requires_grad for x in leaves)
 
     def prepare(self, outputs: dict[Key, Any]) -> dict[Key, str]:
