@@ -157,6 +157,11 @@ def test_cfg_parallel(name: str, ranks: int) -> None:
     assert max(work.rows for work in busy) <= -(-sum(w.rows for w in busy) // len(busy)) + alone.receipt.steps
 
 
+def forwards_by_rank(outputs: list[OmniRequestOutput]) -> list[int]:
+    receipts = [output.receipt for output in outputs if output.receipt is not None]
+    return [sum(receipt.ranks[rank].forwards for receipt in receipts) for rank in (0, 1)]
+
+
 with_unguided = pytest.mark.parametrize(
     "name", [name for name in ORDER if ROWS[name].unguided or ROWS[name].branches == 1]
 )
@@ -169,10 +174,10 @@ def test_unguided_requests_fill_both_ranks(name: str) -> None:
     row, kind = ROWS[name], latent_type(name)
     unguided = row.unguided is not None
     with engine(name, ranks=2, deterministic=True) as omni:
+        alone = [ask(omni, name, [index], kind, unguided=unguided)[0] for index in (0, 1)]
         outputs = ask(omni, name, [0, 1], kind, unguided=unguided)
-    homes = []
+    forwards = forwards_by_rank(outputs)
     for index, output in enumerate(outputs):
         assert difference(reference(name, index, kind, unguided), media(output)) == EXACT
-        assert output.receipt is not None
-        homes += [work.rank for work in output.receipt.ranks if work.forwards]
-    assert sorted(homes) == [0, 1], "each request ran on one rank, and not on the same"
+    assert min(forwards) > 0, "both ranks ran some"
+    assert sum(forwards) == sum(forwards_by_rank(alone)), "and none twice"
