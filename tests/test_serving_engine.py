@@ -108,6 +108,17 @@ def test_order_places_and_times_of_the_queue(single: Omni) -> None:
     assert asked.outputs["first"].error_kind == "aborted"
 
 
+def test_receipts_count_the_ticks_that_a_request_waited_for(single: Omni) -> None:
+    asked = Queue(single)
+    asked.put("first", num_inference_steps=20)
+    asked.put("second")
+    asked.until_ended("first", "second")
+    first, second = (asked.outputs[name].receipt for name in ("first", "second"))
+    assert first.queued_ticks == 0
+    assert 20 <= second.queued_ticks <= 25, "the steps of the first, its other calls, and no more"
+    assert second.queued_seconds > first.queued_seconds > 0
+
+
 def test_deadlines_stop_what_waits_and_what_runs(single: Omni) -> None:
     asked, before = Queue(single), single.stats()
     started = time.monotonic()

@@ -30,7 +30,8 @@ class Receipt:
 
     `notes` are the pipeline's own warnings, such as a setting that it did not use. Of `steps`, those up to
     `resumed_from_step` were not computed again: they came from a checkpoint. `queued_seconds`: from submission until
-    the ranks began. `loras`: name, scale and number of layers of each adapter that acted. `quantized`:
+    the ranks began; `queued_ticks`: the engine's ticks that began in that time, so that 0 is a wait that was shorter
+    than the tick that ran. `loras`: name, scale and number of layers of each adapter that acted. `quantized`:
     method, number of layers and bytes before and after of each component, on the first rank. `cache`: the steps
     that a cache computed and skipped, in all and by row (`runtime/cache_report.py`). `quality`: what was asked for,
     the cache that was chosen for it, what that is expected to do, and the share of row steps that it skipped.
@@ -52,6 +53,7 @@ class Receipt:
     resumed_from_step: int = 0
     replica: int = 0
     queued_seconds: float = 0.0
+    queued_ticks: int = 0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_mb: float = 0.0
     stage_peak_memory_mb: dict[str, float] = field(default_factory=dict)

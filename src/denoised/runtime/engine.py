@@ -9,6 +9,7 @@ Knows nothing of processes, queues or clients: commands come in by a callable, e
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -75,13 +76,15 @@ class Engine:
     def idle(self) -> bool:
         return not self._in_flight and not self._ended
 
-    def tick(self, commands: Callable[[], list[Command]]) -> list[EngineEvent]:
-        """One round for the requests whose turn it is. `commands` is asked once, on rank 0."""
+    def tick(self, commands: Callable[[bool], list[Command]]) -> list[EngineEvent]:
+        """One round for the requests whose turn it is. `commands`, on rank 0: what came in; True: wait for some."""
         chosen = [f for f in self._in_flight.values() if f.task.task_id in self._dispatch.turn.request_ids]
         calls = [call for flight in chosen for call in flight.task.pending]
         atomic = [call for call in calls if call.target.stage is not Stage.DENOISE]
         denoise = [call for call in calls if call.target.stage is Stage.DENOISE]
         began = time.perf_counter()
+        if calls:
+            self._meter.begins()
         whole = self._whole_calls.run(atomic, self._in_flight, dict(self._dispatch.turn.places))
         started = time.perf_counter()
         with stage("denoise"), HighWater() as high:
@@ -89,7 +92,8 @@ class Engine:
         ran = time.perf_counter() - began if calls else 0.0
         worked = ran + self._afterwards
         with stage("agree"):
-            agreed = self._agreement.reach(calls, self._ended, whole, outcome, commands, ran=ran, worked=worked)
+            asked = functools.partial(commands, self.idle)
+            agreed = self._agreement.reach(calls, self._ended, whole, outcome, asked, ran=ran, worked=worked)
         self._finish()
         with stage("exchange"):
             values = self._exchange(denoise, whole, outcome)
@@ -99,7 +103,8 @@ class Engine:
         with stage("advance"):
             self._advance(chosen)
         self._dispatch.ran(calls, outcome.pieces, agreed.ran)
-        for order in agreed.orders:
+        # A rank that is alone asks once more: what came in the meantime need not wait for the next tick.
+        for order in [*agreed.orders, *(commands(False) if self._wire is None else ())]:
             self._obey(order)
         self._drop_orphans()
         self._dispatch.choose(self._in_flight.values())
@@ -219,6 +224,7 @@ class Engine:
         except Exception as error:
             self._events.append(failed(request, error))
             return
+        flight.queued_ticks = self._meter.ticks_since(request.came)
         self._take_off(flight)
 
     def _take_off(self, flight: InFlight) -> None:

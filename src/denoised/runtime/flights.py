@@ -102,7 +102,8 @@ class Runway:
     def again(self, flight: InFlight) -> InFlight:
         """The same request from its start, because what its checkpoint kept is not enough."""
         fresh = self.request(dataclasses.replace(flight.request, resume=None))
-        fresh.started, fresh.queued, fresh.num_previews = flight.started, flight.queued, flight.num_previews
+        fresh.started, fresh.num_previews = flight.started, flight.num_previews
+        fresh.queued, fresh.queued_ticks = flight.queued, flight.queued_ticks
         fresh.task.note(f"resume: computed from the start, for {flight.task.error}.")
         return fresh
 

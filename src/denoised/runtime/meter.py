@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 
 from denoised.features import guidance
@@ -14,6 +15,8 @@ from denoised.runtime.stats import Work
 
 # Seconds between words to the client about how it goes, and from which on a tick is announced before it runs.
 WORD, LONG = 0.25, 2.0
+# So many ticks are counted that a request may have waited for.
+MOST_TICKS = 1000
 
 
 class RankMeter:
@@ -26,6 +29,15 @@ class RankMeter:
         self._stages: dict[str, float] = {}
         self._busy = [0.0] * world_size
         self.loras, self.lora_mb = 0, 0.0
+        self._starts: deque[float] = deque(maxlen=MOST_TICKS)
+
+    def begins(self) -> None:
+        """A tick that has work."""
+        self._starts.append(time.time())
+
+    def ticks_since(self, came: float) -> int:
+        """How many ticks with work began since then, by `time.time()`; at most `MOST_TICKS`."""
+        return len(self._starts) - bisect.bisect_right(self._starts, came)
 
     def tick(self, seconds: float, *, ran: Sequence[float], worked: Sequence[float]) -> None:
         """A tick that had work: by rank, seconds in which it ran calls, and in which it worked at all."""

@@ -32,8 +32,8 @@ class InFlight:
     """A request on this rank.
 
     told: the last iteration that was looked at for checkpoints and previews. resumed_from: the iteration that its
-    checkpoint is of. queued: seconds from its submission until it began here. A preview has a `parent`, its number,
-    and the step that it shows.
+    checkpoint is of. queued: seconds from its submission until it began here; queued_ticks: ticks that began in that
+    time. A preview has a `parent`, its number, and the step that it shows.
     """
 
     request: Request
@@ -49,6 +49,7 @@ class InFlight:
     cache_misses: int = 0
     resumed_from: int = 0
     queued: float = 0.0
+    queued_ticks: int = 0
     told: int = 0
     loras: list[dict[str, Any]] = field(default_factory=list)
     quantized: list[dict[str, Any]] = field(default_factory=list)
@@ -118,6 +119,7 @@ def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str
         steps=flight.step,
         resumed_from_step=flight.resumed_from,
         queued_seconds=round(flight.queued, 6),
+        queued_ticks=flight.queued_ticks,
         ranks=[
             RankWork(
                 rank=rank,

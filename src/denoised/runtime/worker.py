@@ -161,8 +161,8 @@ def serve(engine: Engine, channel: Channel, *, speaks: bool) -> None:
     since each has its own copy of the user's program.
     """
 
-    def commands() -> list[Command]:
-        return _received(channel, timeout=HEARTBEAT if engine.idle else 0.0)
+    def commands(wait: bool) -> list[Command]:
+        return _received(channel, timeout=HEARTBEAT if wait else 0.0)
 
     while not engine.stopped:
         for event in engine.tick(commands):
