@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from denoised.config import EngineConfig
+from denoised.errors import InvalidConfigError
+from denoised.rules import validate
 from tests.contract.support import REORDERED, difference, folder, plain, reference, request_of, seed_of
 
 SCRIPT = """
@@ -113,3 +116,11 @@ def test_wrong_number_of_ranks_is_refused_with_the_formula(tmp_path: Path) -> No
     assert result.returncode != 0
     assert "torchrun gave 2 ranks" in result.stderr
     assert "cfg 3" in result.stderr
+
+
+def test_what_only_a_client_of_its_own_ranks_does_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    validate(EngineConfig())
+    for settings in ({"hang_timeout": 30.0}, {"max_queue_len": 5}, {"max_queue_seconds": 60.0}):
+        with pytest.raises(InvalidConfigError, match="not under torchrun.*leave them out"):
+            validate(EngineConfig(**settings))

@@ -5,6 +5,7 @@ Nothing here imports torch. What depends on the model is refused by the features
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -49,6 +50,15 @@ def _quantizers(config: EngineConfig) -> set[Any]:
     return {_quantizer(method) for method in config.quantized.values()}
 
 
+# What the client does with its queue and its ranks.
+_OF_THE_CLIENT = ("hang_timeout", "max_queue_len", "max_queue_seconds")
+
+
+def _changed(config: EngineConfig, *names: str) -> list[str]:
+    """Those of these fields that do not have their default."""
+    return [f.name for f in dataclasses.fields(config) if f.name in names and getattr(config, f.name) != f.default]
+
+
 def _hsdp_mismatch(config: EngineConfig) -> bool:
     parallel = config.parallel_config
     shards = parallel.hsdp_shard_size
@@ -72,6 +82,11 @@ RULES: tuple[Rule, ...] = (
         broken=lambda c: c.distributed_executor_backend == "ray" and "TORCHELASTIC_RUN_ID" in os.environ,
         message="distributed_executor_backend='ray' cannot go with torchrun, which starts the ranks itself; leave it "
         "at 'mp', or run without torchrun.",
+    ),
+    Rule(
+        broken=lambda c: "TORCHELASTIC_RUN_ID" in os.environ and bool(_changed(c, *_OF_THE_CLIENT)),
+        message=f"{', '.join(_OF_THE_CLIENT)} act where one client starts the ranks and watches them, and not under "
+        "torchrun, where every rank has its own; leave them out, or run without torchrun.",
     ),
     Rule(
         broken=lambda c: c.distributed_executor_backend == "ray" and not isinstance(c.model, str | Path),
