@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import re
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def main() -> None:
         params = _params(model, args.steps)
         for method in args.only or SUITED[model]:
             found = compare(folder, method, params, args.rounds, imported)
+            print(f"{model}, {method}: {found['speed-up per step']:.2f}", file=sys.stderr, flush=True)
             results |= {f"{model}, {method}: {name}": value for name, value in found.items()}
     if "vae" in args.model:
         results |= decode(512, args.rounds)

@@ -1,7 +1,7 @@
 """`denoised serve` against a diffusers pipeline behind a lock in FastAPI, over HTTP, with the built-in model.
 
-    python -m benchmarks.serving [--requests 64] [--rounds 3] [--only small mix poisson fairness]
-        [--ranks --cfg-parallel-size 2]
+    python -m benchmarks.serving [--requests 64] [--rounds 3] [--only small mix poisson fairness busy]
+        [--clients 8] [--ranks --cfg-parallel-size 2]
 
 As many threads for both: ours are two ranks of one, by default two replicas; the other shares each operation. Answers
 are PNG files. Cases:
@@ -10,6 +10,11 @@ are PNG files. Cases:
     mix       the same with pictures of 64 to 256 pixels, 4 to 20 steps, with and without guidance
     poisson   the mix, coming in at random at 1.25 times the rate that the plain server can do; progress is streamed
     fairness  seven clients of one key send the mix without a pause, one of another key sends a small picture at a time
+    busy      the engine alone, under --clients (eight, sixteen and so on, in turn) that send the mix without a pause:
+              how much each rank worked of --seconds in the middle of it, by `rank_busy_seconds`
+
+The admission wait is from submission until the ranks began. It was under a tick if no tick began in it: the request
+waited for what was left of the one that ran when it came.
 
 The ETA's error is taken from every progress event between a tenth and nine tenths of a request.
 """
@@ -18,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import re
 import statistics
@@ -32,22 +36,9 @@ import httpx2
 
 from benchmarks.common import show
 from benchmarks.servers import running
+from benchmarks.traffic import Answer, Ask, Server, mix, one, small
 
 CLIENTS = 8
-Ask = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """Of one request: seconds until it was there, seconds until its work began, (seconds since it came, ETA) told."""
-
-    seconds: float
-    queued: float
-    told: list[tuple[float, float]] = field(default_factory=list)
-
-    def eta_errors(self) -> list[float]:
-        left = [(eta, self.seconds - at) for at, eta in self.told if 0.1 < at / self.seconds < 0.9]
-        return [abs(eta - real) / real for eta, real in left]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +56,6 @@ class Run:
         return len(self.answers) / self.seconds
 
 
-@dataclass(frozen=True, kw_only=True)
-class Server:
-    """Where a server is, and the keys of its tenants."""
-
-    url: str
-    keys: tuple[str, str] = ("none", "none")
-    has_metrics: bool = False
-
-    def client(self, tenant: int) -> httpx2.AsyncClient:
-        headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
-        return httpx2.AsyncClient(base_url=self.url, headers=headers, timeout=600)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=64)
@@ -85,7 +63,9 @@ def main() -> None:
     parser.add_argument(
         "--ranks", nargs=argparse.REMAINDER, default=["--data-parallel-size", "2"], help="flags of our two ranks"
     )
-    parser.add_argument("--only", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--only", nargs="+", default=[*CASES, "busy"], choices=[*CASES, "busy"])
+    parser.add_argument("--clients", nargs="+", type=int, default=[CLIENTS], help="of the case busy")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the case busy")
     args = parser.parse_args()
     keys = ("first", "second")
     ours = ["denoised.cli", "serve", "shapes", "--port", "0", "--num-threads", "1", *args.ranks]
@@ -93,13 +73,16 @@ def main() -> None:
         engine = stack.enter_context(running(*ours, *(f"--api-key={key}" for key in keys)))
         plain = stack.enter_context(running("benchmarks.plain_server", "--threads", "2"))
         servers = {"engine": Server(url=engine, keys=keys, has_metrics=True), "plain": Server(url=plain)}
-        asyncio.run(_compare(servers, args.only, args.requests, args.rounds))
+        asyncio.run(_compare(servers, [case for case in args.only if case in CASES], args.requests, args.rounds))
+        if "busy" in args.only:
+            results = asyncio.run(_busy(servers["engine"], args.clients, args.seconds, args.rounds))
+            show(f"serving: busy, {' '.join(args.ranks)}", results)
 
 
 async def _compare(servers: dict[str, Server], cases: list[str], count: int, rounds: int) -> None:
     for server in servers.values():
-        await _closed(server, _small(CLIENTS, 0), {})
-        await _closed(server, _mix(2 * CLIENTS, 0), {})
+        await _closed(server, small(CLIENTS, 0), {})
+        await _closed(server, mix(2 * CLIENTS, 0), {})
     rates: dict[str, float] = {}
     for case in cases:
         runs: dict[str, list[Run]] = {name: [] for name in servers}
@@ -109,57 +92,7 @@ async def _compare(servers: dict[str, Server], cases: list[str], count: int, rou
         show(f"serving: {case}", _row(runs["engine"], runs["plain"]))
 
 
-# ---- what is asked
-
-
-def _ask(rng: random.Random, *, sizes: list[int], steps: list[int], guided: float) -> Ask:
-    color, thing = rng.choice(["red", "blue", "green", "yellow", "purple"]), rng.choice(["circle", "star", "ring"])
-    size = rng.choice(sizes)
-    ask = {
-        "prompt": f"a large {color} {thing}",
-        "size": f"{size}x{size}",
-        "num_inference_steps": rng.choice(steps),
-        "seed": rng.randrange(1000),
-        "true_cfg_scale": 1.0,
-    }
-    return ask | ({"negative_prompt": "blurry", "true_cfg_scale": 4.0} if rng.random() < guided else {})
-
-
-def _small(count: int, seed: int) -> list[Ask]:
-    rng = random.Random(seed)
-    return [_ask(rng, sizes=[128], steps=[10], guided=1.0) for _ in range(count)]
-
-
-def _mix(count: int, seed: int) -> list[Ask]:
-    rng = random.Random(seed)
-    return [_ask(rng, sizes=[64, 128, 128, 192, 256], steps=[4, 8, 12, 20], guided=0.5) for _ in range(count)]
-
-
 # ---- how it is asked
-
-
-async def _one(client: httpx2.AsyncClient, ask: Ask, stream: bool = False) -> Answer:
-    began = time.perf_counter()
-    if stream:
-        return await _streamed(client, ask, began)
-    reply = await client.post("/v1/images/generations", json=ask)
-    reply.raise_for_status()
-    queued = reply.json()["receipt"]["queued_seconds"]
-    return Answer(seconds=time.perf_counter() - began, queued=queued)
-
-
-async def _streamed(client: httpx2.AsyncClient, ask: Ask, began: float) -> Answer:
-    told: list[tuple[float, float]] = []
-    async with client.stream("POST", "/v1/images/generations", json={**ask, "stream": True}) as reply:
-        reply.raise_for_status()
-        async for line in reply.aiter_lines():
-            event = json.loads(line[6:]) if line.startswith("data: {") else {}
-            if event.get("eta_seconds") is not None:
-                told.append((time.perf_counter() - began, event["eta_seconds"]))
-            if event.get("type") == "image_generation.completed":
-                queued = event["receipt"]["queued_seconds"]
-                return Answer(seconds=time.perf_counter() - began, queued=queued, told=told)
-    raise RuntimeError("the stream ended without a picture.")
 
 
 async def _closed(server: Server, asks: list[Ask], _: dict[str, float]) -> Run:
@@ -169,7 +102,7 @@ async def _closed(server: Server, asks: list[Ask], _: dict[str, float]) -> Run:
     async def client() -> None:
         async with server.client(0) as http:
             while waiting:
-                answers.append(await _one(http, waiting.pop()))
+                answers.append(await one(http, waiting.pop()))
 
     return await _measured(server, answers, asyncio.gather(*(client() for _ in range(CLIENTS))))
 
@@ -196,18 +129,54 @@ async def _counters(server: Server) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^(denoised_\S+) (\S+)$", text, re.MULTILINE)}
 
 
+async def _busy(server: Server, crowds: list[int], seconds: float, rounds: int) -> dict[str, Any]:
+    """The share of the time that each rank worked, by the number of clients; the median of all rounds."""
+    found: dict[int, list[list[float]]] = {clients: [] for clients in crowds}
+    for number in range(rounds):
+        for clients in crowds:
+            found[clients].append(await _in_the_middle(server, clients, seconds, number))
+    return {
+        f"{clients} clients: busy, of each rank's time": [
+            round(statistics.median(rank), 3) for rank in zip(*shares, strict=True)
+        ]
+        for clients, shares in found.items()
+    }
+
+
+async def _in_the_middle(server: Server, clients: int, seconds: float, seed: int) -> list[float]:
+    """How busy ranks are while nobody starts or stops: clients send until they are told to end.
+
+    Ranks tell their numbers at the end of a tick, so that the shares are right to a tick's part of the time.
+    """
+    crowd, done = mix(int(100 * seconds), seed), asyncio.Event()
+
+    async def client() -> None:
+        async with server.client(0) as http:
+            while not done.is_set():
+                await one(http, crowd.pop())
+
+    asking = asyncio.gather(*(client() for _ in range(clients)))
+    await asyncio.sleep(seconds / 6)
+    before, began = await _counters(server), time.perf_counter()
+    await asyncio.sleep(seconds)
+    after, ended = await _counters(server), time.perf_counter()
+    done.set()
+    await asking
+    return [(after[name] - before[name]) / (ended - began) for name in sorted(after) if "rank_busy" in name]
+
+
 async def _poisson(server: Server, count: int, seed: int, rates: dict[str, float]) -> Run:
     if "plain" not in rates:  # the plain server is asked first
-        rates["plain"] = (await _closed(server, _mix(count // 2, seed), {})).rate
+        rates["plain"] = (await _closed(server, mix(count // 2, seed), {})).rate
     rng, answers = random.Random(seed), []
 
     async def later(http: httpx2.AsyncClient, ask: Ask, at: float) -> None:
         await asyncio.sleep(at)
-        answers.append(await _one(http, ask, stream=server.has_metrics))
+        answers.append(await one(http, ask, stream=server.has_metrics))
 
     at, coming = 0.0, []
     async with server.client(0) as http:
-        for ask in _mix(count, seed):
+        for ask in mix(count, seed):
             at += rng.expovariate(1.25 * rates["plain"])
             coming.append(later(http, ask, at))
         return await _measured(server, answers, asyncio.gather(*coming))
@@ -215,17 +184,17 @@ async def _poisson(server: Server, count: int, seed: int, rates: dict[str, float
 
 async def _fairness(server: Server, count: int, seed: int, rates: dict[str, float]) -> Run:
     """The answers are those of the one client that is alone on its key."""
-    done, answers, crowd = asyncio.Event(), [], _mix(4 * count, seed)
+    done, answers, crowd = asyncio.Event(), [], mix(4 * count, seed)
 
     async def greedy() -> None:
         async with server.client(0) as http:
             while not done.is_set():
-                await _one(http, crowd.pop())
+                await one(http, crowd.pop())
 
     async def modest() -> None:
         async with server.client(1) as http:
-            for ask in _small(count // 8, seed):
-                answers.append(await _one(http, ask))
+            for ask in small(count // 8, seed):
+                answers.append(await one(http, ask))
         done.set()
 
     return await _measured(server, answers, asyncio.gather(modest(), *(greedy() for _ in range(CLIENTS - 1))))
@@ -238,7 +207,7 @@ def _of(make: Callable[[int, int], list[Ask]]) -> Callable[..., Coroutine[Any, A
     return case
 
 
-CASES = {"small": _of(_small), "mix": _of(_mix), "poisson": _poisson, "fairness": _fairness}
+CASES = {"small": _of(small), "mix": _of(mix), "poisson": _poisson, "fairness": _fairness}
 
 
 # ---- what is said
@@ -260,6 +229,8 @@ def _row(engine: list[Run], plain: list[Run]) -> dict[str, Any]:
         "p95 admission wait: seconds (plain)": (
             f"{_quantile(waits, 0.95):.4f} ({_quantile([a.queued for a in theirs], 0.95):.3f})"
         ),
+        "of all requests, that waited less than a tick": statistics.mean(a.queued_ticks == 0 for a in ours),
+        "p95 admission wait: ticks that began in it": _quantile([a.queued_ticks for a in ours], 0.95),
         "mean tick, longest tick: seconds": (
             f"{statistics.mean(run.tick for run in engine):.4f}, {max(run.longest_tick for run in engine):.4f}"
         ),
