@@ -19,6 +19,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, Qwen3ForCausalLM,
 from denoised.errors import InvalidConfigError
 from denoised.features import hsdp
 from denoised.spec.registry import resolve
+from denoised.steps.boards import board_of
 from denoised.steps.tally import counted
 from tests.ranks import run_on_ranks
 from tests.tiny import ROWS, UPSTREAM_WARNINGS, checkpoint, encoders, small_images, tokenizers
@@ -164,12 +165,14 @@ def is_gathered(block: nn.Module) -> bool:
 
 @torch.no_grad()
 def one_model(rank: int, world_size: int) -> dict[str, Any]:
+    mesh = mesh_of(world_size)
+    assert board_of(mesh.get_group(), torch.device("cpu")) is not None  # of which only touched pages take memory
     empty = living()
     model, inputs = flux(), flux_inputs()
     bytes_whole, names, kind = living() - empty, list(model.state_dict()), type(model)
     expected = model(**inputs).sample
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    hsdp.apply(model, None, mesh_of(world_size))
+    hsdp.apply(model, None, mesh)
     seen: list[tuple[int, float]] = []
     for block in blocks:  # a module's own hooks are outside of what shards it; its first child's are inside
         child = next(block.children())

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -24,6 +25,8 @@ from torch.distributed.tensor import DTensor, Shard
 from denoised.errors import InvalidConfigError
 from denoised.spec.blocks import SMALLEST_SHARE
 from denoised.spec.model_spec import ModelSpec
+from denoised.steps import collectives
+from denoised.steps.collectives import Group
 from denoised.steps.tally import count
 
 
@@ -155,14 +158,29 @@ def _runs(module: nn.Module) -> bool:
     return "forward" in vars(module) or type(module).forward is not nn.Module.forward
 
 
+class _Gather:
+    """How a group's weights come together on a CPU: FSDP2 itself would send messages, also within one machine."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Group, async_op: bool = False
+    ) -> dist.Work | None:
+        collectives.gather_into(output_tensor, input_tensor, group)
+        return None
+
+
 def _shard(keeper: _Keeper, mesh: DeviceMesh) -> None:
-    fully_shard(
+    sharded = fully_shard(
         keeper,
         mesh=mesh,
         reshard_after_forward=True,
         shard_placement_fn=functools.partial(_placement, num_shards=mesh.size(mesh.ndim - 1)),
         ignored_params=keeper.others(),
     )
+    if mesh.device_type == "cpu":
+        sharded.set_custom_all_gather(_Gather())  # type: ignore[arg-type]
 
 
 def _placement(parameter: nn.Parameter, *, num_shards: int) -> Shard:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from denoised.steps.boards import LETTER_BYTES, Board, Turn, board_of, fits, made_board
+from denoised.steps.boards import LETTER_BYTES, SLOT_BYTES, Board, Turn, board_of, fits, made_board
 from denoised.steps.tally import count
 
 Group = dist.ProcessGroup
@@ -51,6 +51,22 @@ def gather_list(x: Tensor, group: Group) -> list[Tensor]:
     parts = [torch.empty_like(x) for _ in range(group.size())]
     dist.all_gather(parts, x, group=group)
     return parts
+
+
+def gather_into(output: Tensor, x: Tensor, group: Group) -> None:
+    """All ranks' flat tensors of one length, one after the other, in `output`, of which `x` may be this rank's part.
+    Not counted: whoever gathers weights does that."""
+    board = board_of(group, x.device)
+    if board is None:
+        dist.all_gather_into_tensor(output, x, group=group)
+        return
+    rows, step = output.view(group.size(), -1), SLOT_BYTES // x.element_size()
+    for start in range(0, x.numel(), step):
+        part = x[start : start + step]
+        turn = board.publish([part]).wait()
+        for rank in range(group.size()):
+            if rank != group.rank() or rows[rank].data_ptr() != x.data_ptr():
+                rows[rank, start : start + step].copy_(_as(turn.of(rank), part))
 
 
 def all_to_all(parts: Sequence[Tensor], shapes: Sequence[torch.Size], group: Group) -> list[Tensor]:
