@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
-@pytest.mark.parametrize("script", ["support_table.py", "options_table.py"])
+@pytest.mark.parametrize("script", ["support_table.py", "pairs_table.py", "options_table.py"])
 def test_generated_parts_are_up_to_date(script: str) -> None:
     done = subprocess.run([sys.executable, ROOT / "scripts" / script, "--check"], capture_output=True, text=True)
     assert done.returncode == 0, f"run: python scripts/{script}\n{done.stderr}"

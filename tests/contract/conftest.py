@@ -1,4 +1,5 @@
-"""Collects which cell of the support table passed; `--support FILE` adds it to that file."""
+"""Collects which cell of the support table passed, and which pair of features; `--support FILE` adds the cells to that
+file, and the pairs to `pairs.json` beside it."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ COLUMNS = (
 WHOLE_ROWS = frozenset({"qwen_image", "sd3", "flux_true_cfg", "wan22_t2v", "sdxl"})
 
 _results: dict[str, dict[str, str]] = {}
+_pairs: dict[str, str] = {}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,18 +48,34 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         cell = marker.args[0].format(**item.callspec.params)  # type: ignore[attr-defined]
         found = dict(item.user_properties).get("refused", "ok") if report.passed else "failed"
         _results.setdefault(name, {})[cell] = str(found)
+    for marker in item.iter_markers("pair") if report.when == "call" and not report.skipped else ():
+        first, second = (arg.format(**getattr(item, "callspec", _NoParams).params) for arg in marker.args)
+        found = dict(item.user_properties).get("refused", "ok") if report.passed else "failed"
+        if _pairs.get(f"{first} + {second}") != "failed":  # of several models
+            _pairs[f"{first} + {second}"] = str(found)
     return report
+
+
+class _NoParams:
+    params: dict[str, Any] = {}
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--support")
     if path and _results:
         Path(path).write_text(json.dumps(_with_earlier(Path(path)), indent=1) + "\n")
+    if path and _pairs:
+        pairs = Path(path).with_name("pairs.json")
+        pairs.write_text(json.dumps(_read(pairs) | _pairs, indent=1, sort_keys=True) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() and path.read_text() else {}  # type: ignore[no-any-return]
 
 
 def _with_earlier(path: Path) -> dict[str, dict[str, str]]:
     """What the file has, and what was found now: parts of a long run may come one after another."""
-    earlier = json.loads(path.read_text()) if path.exists() and path.read_text() else {}
+    earlier = _read(path)
     found = {MODELS[name]: cells for name, cells in _results.items()}
     rows = [MODELS[name] for name in ORDER if MODELS[name] in earlier or MODELS[name] in found]
     return {row: _in_order({**earlier.get(row, {}), **found.get(row, {})}) for row in rows}

@@ -116,3 +116,15 @@ def counts(outputs: list[OmniRequestOutput]) -> list[Counter[str]]:
         for rank, work in enumerate(output.receipt.ranks):
             total[rank].update(work.counts)
     return total
+
+
+def acted(outputs: list[OmniRequestOutput], methods: Sequence[str]) -> None:
+    """The traces of all these methods, on every rank."""
+    found = counts(outputs)
+    for rank, counted in enumerate(found):
+        for method in methods:
+            assert all(counted[trace] > 0 for trace in TRACES.get(method, ())), (method, rank, counted)
+    if "data" in methods:
+        assert {output.receipt.replica for output in outputs if output.receipt} == {0, 1}
+    if "cfg" in methods:
+        assert all(sum(o.receipt.ranks[rank].rows for o in outputs if o.receipt) for rank in range(len(found)))

@@ -6,6 +6,7 @@ all that have the method.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from denoised import OmniRequestOutput
 from denoised.errors import InvalidConfigError
-from tests.contract.parallel import METHODS, TRACES, check, counts, degrees_of, run, run_requests
+from tests.contract.parallel import METHODS, acted, check, degrees_of, run, run_requests
 from tests.contract.support import REORDERED, _pipeline, difference, folder, media, plain, request_of, seed_of
 from tests.tiny.row import Request
 
@@ -47,14 +48,16 @@ def _pairs() -> list[Any]:
     return cells
 
 
+@pytest.mark.pair("{first}", "{second}")
 @pytest.mark.parametrize(("name", "first", "second"), _pairs())
-def test_pair(name: str, first: str, second: str) -> None:
+def test_pair(name: str, first: str, second: str, record_property: Callable[[str, object], None]) -> None:
     """Two requests in flight."""
     degrees = degrees_of(first, second)
     if (first, second) in REFUSED or (second, first) in REFUSED:
         reason = REFUSED.get((first, second)) or REFUSED[second, first]
-        with pytest.raises(InvalidConfigError, match=reason):
+        with pytest.raises(InvalidConfigError, match=reason) as caught:
             run(name, [0, 1], **degrees)
+        record_property("refused", str(caught.value))
         return
     _check(name, degrees, (first, second))
 
@@ -83,15 +86,7 @@ def _check(name: str, degrees: dict[str, Any], methods: tuple[str, ...]) -> None
     else:
         outputs = run(name, [0, 1], **degrees)
         check(name, outputs, [0, 1])
-    for rank, counted in enumerate(counts(outputs)):
-        for method in methods:
-            assert all(counted[trace] > 0 for trace in TRACES.get(method, ())), (method, rank, counted)
-    if "data" in methods:
-        assert {output.receipt.replica for output in outputs if output.receipt} == {0, 1}
-    if "cfg" in methods:
-        assert all(
-            sum(o.receipt.ranks[rank].rows for o in outputs if o.receipt) for rank in range(len(counts(outputs)))
-        )
+    acted(outputs, methods)
 
 
 def _decoded(name: str, degrees: dict[str, Any]) -> list[OmniRequestOutput]:

@@ -239,6 +239,7 @@ def test_offload(method: str, settings: dict[str, Any]) -> None:
     assert 0 < counts["offload_peak_bytes"] < (0.2 if "layerwise" in str(settings) else 0.5) * whole
 
 
+@pytest.mark.pair("quantization", "lora")
 @pytest.mark.parametrize("layout", ["", pytest.param("tensor", marks=slow), pytest.param("pipeline", marks=slow)])
 def test_lora_beside_quantized_layers(layout: str) -> None:
     """An adapter adds to the layer's product, whatever that is made of."""
@@ -253,6 +254,7 @@ def test_lora_beside_quantized_layers(layout: str) -> None:
     acted(output, "int8_weight_only")
 
 
+@pytest.mark.pair("cache", "quantization")
 def test_caches_skip_blocks_of_quantized_layers() -> None:
     settings = {"cache_backend": "first_block_cache", "cache_config": {"threshold": 10.0}}
     cached = run("flux_dev", [0], None, **settings)[0]
