@@ -208,15 +208,15 @@ def test_settings_are_refused_in_one_sentence(backend: str, settings: dict[str, 
 PAIRS = [
     ({"cache_config": {"rel_l1_thresh": 0.1}}, "set cache_backend"),
     (
-        {"cache_backend": "cache_dit", "parallel_config": DiffusionParallelConfig(pipeline_parallel_size=2)},
-        "pipeline_parallel_size",
-    ),
-    (
         {
             "cache_backend": "cache_dit",
-            "parallel_config": DiffusionParallelConfig(cfg_parallel_size=2, use_hsdp=True),
+            "parallel_config": DiffusionParallelConfig(cfg_parallel_size=2, use_hsdp=True, pipeline_parallel_size=2),
         },
-        "leave cfg_parallel_size at 1",
+        "leave out one of the three",
+    ),
+    (
+        {"cache_backend": "calibration", "parallel_config": DiffusionParallelConfig(pipeline_parallel_size=2)},
+        "pipeline_parallel_size cannot go with calibration",
     ),
 ]
 

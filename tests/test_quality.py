@@ -78,7 +78,7 @@ def test_other_qualities_are_refused(quality: Any) -> None:
         EngineConfig(quality=quality)
 
 
-STAGES = DiffusionParallelConfig(pipeline_parallel_size=2)
+STAGES = DiffusionParallelConfig(pipeline_parallel_size=2, cfg_parallel_size=2, use_hsdp=True)
 PAIRS: list[tuple[dict[str, Any], str]] = [
     ({"cache_backend": "tea_cache"}, "quality chooses cache_backend and cache_config itself"),
     ({"cache_config": {"threshold": 0.1}}, "quality chooses cache_backend and cache_config itself"),

@@ -151,15 +151,19 @@ RULES: tuple[Rule, ...] = (
         message="quality chooses cache_backend and cache_config itself; leave these out, or quality.",
     ),
     Rule(
-        broken=lambda c: c.caches and c.parallel_config.pipeline_parallel_size > 1,
-        message="cache_backend and quality cannot go with pipeline_parallel_size, whose stages hand on each other's "
-        "blocks in one fixed order; use cfg_parallel_size, ulysses_degree, ring_degree or tensor_parallel_size with "
-        "it.",
+        broken=lambda c: (
+            c.caches
+            and c.parallel_config.pipeline_parallel_size > 1
+            and c.parallel_config.use_hsdp
+            and c.parallel_config.cfg_parallel_size > 1
+        ),
+        message="cache_backend and quality cannot go with pipeline_parallel_size, use_hsdp=True and cfg_parallel_size "
+        "all together: stages would gather weights for rows that skip different blocks; leave out one of the three.",
     ),
     Rule(
-        broken=lambda c: c.caches and c.parallel_config.use_hsdp and c.parallel_config.cfg_parallel_size > 1,
-        message="cache_backend and quality cannot go with use_hsdp=True and cfg_parallel_size together: ranks would "
-        "gather weights for rows that skip different blocks; leave cfg_parallel_size at 1, or use_hsdp off.",
+        broken=lambda c: c.cache_backend == "calibration" and c.parallel_config.pipeline_parallel_size > 1,
+        message="pipeline_parallel_size cannot go with calibration, which looks at what all blocks add together; "
+        "calibrate with tensor_parallel_size, ulysses_degree or ring_degree, and serve with stages.",
     ),
     Rule(
         broken=lambda c: c.quantization is not None and (None in _quantizers(c) or not c.quantized),

@@ -210,30 +210,43 @@ def test_what_cannot_act_is_refused_at_start() -> None:
 # ------------------------------------------------------------------ several ranks
 
 
-def on_ranks(name: str, kind: str, degrees: dict[str, Any], **more: Any) -> list[OmniRequestOutput]:
+def ranks(name: str, degrees: dict[str, Any], **settings: Any) -> Omni:
+    parallel = DiffusionParallelConfig(**degrees)
+    return Omni(
+        folder(name),
+        parallel_config=parallel,
+        num_threads=1,
+        plugins=("tests.contract.rank_setup",),
+        **settings,
+    )
+
+
+def on_ranks(
+    name: str, kind: str, degrees: dict[str, Any], *, indexes: tuple[int, ...] = (0, 1), **more: Any
+) -> list[OmniRequestOutput]:
+    """Requests in flight together, rows never joined."""
+
     def run() -> list[OmniRequestOutput]:
         backend, settings = LOOSE[kind]
-        parallel = DiffusionParallelConfig(**degrees)
-        with Omni(
-            folder(name),
-            parallel_config=parallel,
-            num_threads=1,
-            plugins=("tests.contract.rank_setup",),
-            deterministic=True,
-            cache_backend=backend,
-            cache_config=settings,
-            **more,
-        ) as omni:
-            return ask(omni, name, [0, 1])
+        cache = {"cache_backend": backend, "cache_config": settings}
+        with ranks(name, degrees, **{"deterministic": True, **cache, **more}) as omni:
+            return ask(omni, name, list(indexes))
 
     return within(PATIENCE, run)
 
 
 def compare(
-    name: str, kind: str, degrees: dict[str, Any], *, bound: float = REORDERED, **more: Any
+    name: str,
+    kind: str,
+    degrees: dict[str, Any],
+    *,
+    bound: float = REORDERED,
+    indexes: tuple[int, ...] = (0, 1),
+    **more: Any,
 ) -> list[OmniRequestOutput]:
     """Decision for decision, and number for number, what one rank gives; every rank skipped."""
-    expected, got = on_ranks(name, kind, {}), on_ranks(name, kind, degrees, **more)
+    expected = on_ranks(name, kind, {}, indexes=indexes)
+    got = on_ranks(name, kind, degrees, indexes=indexes, **more)
     for one, several in zip(expected, got, strict=True):
         assert report(one) == report(several)
         assert report(one)["skipped"] > 0

@@ -5,7 +5,6 @@ Knows nothing of models: which arguments carry rows comes in as `RowRules`. One 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import time
@@ -224,9 +223,9 @@ class Guidance:
 
     def _run_for_company(self, pieces: list[Piece]) -> None:
         """Takes part in the collectives of a forward whose result is another rank's; so is its error."""
-        with contextlib.suppress(Exception), counted() as counts:
+        with counted() as counts:
             count("company_forwards")
-            rows.run(pieces, self._rules(pieces[0].call))
+            rows.run_for_company(pieces, self._rules(pieces[0].call))
         for task_id in dict.fromkeys(piece.call.task_id for piece in pieces):
             self.work_of(task_id).counts.update(counts)
 

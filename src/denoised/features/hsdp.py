@@ -54,13 +54,36 @@ class _Keeper(nn.Module):
         return kept | {parameter for keeper in self.below for parameter in keeper.parameters()}
 
 
+class Gathers:
+    """The gathers of the blocks of one model, for whoever stands in for a block."""
+
+    def __init__(self, keepers: tuple[_Keeper, ...]) -> None:
+        self._keepers = keepers
+
+    def attend(self, block: nn.Module) -> Callable[[], None]:
+        """Takes part in the gathers of a block that other ranks run. Only inside a forward of the model."""
+        inside = {id(part) for part in block.modules()}
+        keepers = [keeper for keeper in self._keepers if id(keeper.module) in inside]
+
+        def attend() -> None:
+            for keeper in keepers:
+                _gathered(keeper, lambda: None)
+
+        return attend
+
+    def around(self, block: nn.Module) -> Callable[[Callable[[], Any]], Any]:
+        """Runs something with the block's weights, as the block itself would."""
+        own = next((keeper for keeper in self._keepers if keeper.module is block), None)
+        return (lambda run: run()) if own is None else functools.partial(_gathered, own)
+
+
 def apply(
     model: nn.Module,
     spec: ModelSpec | None,
     mesh: DeviceMesh,
     fill: Callable[[nn.Module], None] = lambda module: None,
-) -> None:
-    """Shard `model`'s weights in place, for inference.
+) -> Gathers:
+    """Shard `model`'s weights in place, for inference; gives who gathers them.
 
     Args:
         spec: not asked: blocks may be gathered in any order.
@@ -79,13 +102,14 @@ def apply(
         _shard(keeper, mesh)
     rest(lambda: None)  # FSDP2 finds out now, not in a request, which groups there are and who is outermost
     _reroute(keepers, rest)
+    return Gathers(keepers)
 
 
 def _reroute(keepers: tuple[_Keeper, ...], rest: _Keeper) -> None:
     """Let every forward find its weights gathered, whoever calls it."""
     inside = {id(part) for keeper in keepers for part in keeper.module.modules()}
     for keeper in keepers:
-        _route(keeper.module, keeper)
+        _route(keeper.module, functools.partial(_gathered, keeper))
     for part in [part for part in rest.module.modules() if id(part) not in inside and _runs(part)]:
         _route(part, functools.partial(_opened, rest))
 
@@ -198,6 +222,16 @@ def _route(module: nn.Module, way: Callable[[Callable[[], Any]], Any]) -> None:
         return way(functools.partial(forward, *args, **kwargs))
 
     module.__dict__["forward"] = routed
+
+
+def _gathered(keeper: _Keeper, run: Callable[[], Any]) -> Any:
+    """`run` with the group's weights. They are freed if it is given up, too: ranks must gather equally often."""
+    try:
+        return keeper(run)
+    except BaseException:
+        assert isinstance(keeper, FSDPModule)
+        keeper.reshard()
+        raise
 
 
 def _opened(rest: _Keeper, run: Callable[[], Any]) -> Any:

@@ -11,7 +11,7 @@ Features are applied innermost first. Those that this version has:
     shard      6  decides where weights live: FSDP2 per block
     offload    6  or on the device only while they are needed; its gates stand inside of what pipeline makes of blocks
                -  what is still needed of the weights is read from the files, unless one of these two reads them
-    cache      7  may skip a range of blocks; the decision is agreed across ranks, its state is the request's
+    cache      7  may skip a range of blocks; ranks that share a forward decide alike, the state is the request's
     sequence   8  split at the plan's inputs, gather at its outputs, exchange inside attention; silence is an error
     attention  8  a kernel by name computes what is left after the exchange
     guidance   9  deals rows to the cfg axis, joins rows of requests
@@ -35,11 +35,11 @@ from denoised import hf
 from denoised.attention.backends import Backend
 from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidConfigError
-from denoised.features import attention_backend, cache, compile, expert, hsdp, pipeline, sequence, tensor, vae_patch
-from denoised.features.guidance import Guidance, Stages
+from denoised.features import attention_backend, compile, expert, hsdp, pipeline, sequence, tensor, vae_patch
+from denoised.features.guidance import Guidance
 from denoised.features.lora import Sites
 from denoised.features.offload import Offload
-from denoised.runtime import calibrations, quantizing, warming, weights
+from denoised.runtime import caching, quantizing, warming, weights
 from denoised.runtime.load import num_load_threads
 from denoised.runtime.mesh import Mesh
 from denoised.runtime.offloading import offload_of
@@ -58,8 +58,8 @@ def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None, s
     Raises:
         InvalidConfigError: a feature is asked for that cannot act on this model.
     """
-    stages: dict[str, Stages] = {}
-    _check_cache(pipe, spec, config)
+    stages: dict[str, pipeline.Stages] = {}
+    caching.check(pipe, spec, config)
     attends = _attention(pipe, spec, config)
     quantizing.check(pipe, spec, config)
     offload = offload_of(pipe, spec, config)
@@ -72,7 +72,7 @@ def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None, s
     quantizing.apply(pipe, spec, config)
     if sites is not None:
         sites.prepare()
-    _place(pipe, spec, config, mesh, offload)
+    _place(pipe, spec, config, mesh, offload, stages)
     for name, backend in attends.items():
         attention_backend.apply(getattr(pipe, name), backend, name)
     rules = row_rules(spec)
@@ -101,13 +101,13 @@ def _divide(
     mesh: Mesh,
     offload: Offload | None,
     bodies: compile.Bodies | None,
-) -> dict[str, Stages]:
+) -> dict[str, pipeline.Stages]:
     """All that needs no weight's value, and all that can be refused: nothing has been read when this returns.
 
     Gives the stages of denoisers that are cut into some.
     """
     _check_denoisers(spec, parallel)
-    stages: dict[str, Stages] = {}
+    stages: dict[str, pipeline.Stages] = {}
     for name in spec.denoisers:
         stages |= _cut_denoiser(name, getattr(pipe, name), spec, parallel, mesh, offload, bodies)
     _cut_encoders(pipe, spec, parallel, mesh)
@@ -124,8 +124,8 @@ def _cut_denoiser(
     mesh: Mesh,
     offload: Offload | None,
     bodies: compile.Bodies | None,
-) -> dict[str, Stages]:
-    stages: dict[str, Stages] = {}
+) -> dict[str, pipeline.Stages]:
+    stages: dict[str, pipeline.Stages] = {}
     if parallel.enable_expert_parallel:
         expert.apply(model, spec, tensor=mesh.group("tensor"), sequence=mesh.span("ring", "ulysses"))
     if mesh.axes["tensor"] > 1:
@@ -158,36 +158,31 @@ def _cut_encoders(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig,
             hsdp.check(encoder, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size))
 
 
-def _place(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None, offload: Offload | None) -> None:
+def _place(
+    pipe: Any,
+    spec: ModelSpec,
+    config: EngineConfig,
+    mesh: Mesh | None,
+    offload: Offload | None,
+    stages: dict[str, pipeline.Stages],
+) -> None:
     """Read the weights that this rank keeps, and what goes on top of them."""
-    parallel, denoisers = config.parallel_config, [getattr(pipe, name) for name in spec.denoisers]
+    parallel, denoisers = config.parallel_config, {name: getattr(pipe, name) for name in spec.denoisers}
+    gathers: dict[str, hsdp.Gathers] = {}
     if parallel.use_hsdp and mesh is not None:
         shards = mesh.equal_weights(num_copies=parallel.hsdp_replicate_size)
-        for model in denoisers:
-            hsdp.apply(model, spec, shards, weights.fill)
+        gathers = {name: hsdp.apply(model, spec, shards, weights.fill) for name, model in denoisers.items()}
         for _, encoder in text_encoders(pipe):
             hsdp.apply(encoder, None, shards, weights.fill)
     if offload is None:
         first = mesh is None or mesh.rank == 0
         weights.fill_all(modules(pipe), threads=num_load_threads(config, _device(pipe)), progress=first)
     else:
-        offload.place(list(dict.fromkeys(modules(pipe))), denoisers)
-    if config.caches:
-        _cache(denoisers, spec, config, mesh)
+        offload.place(list(dict.fromkeys(modules(pipe))), list(denoisers.values()))
+    caching.apply(pipe, spec, config, mesh, gathers=gathers, stages=stages)
     if mesh is not None:
-        for model in denoisers:
+        for model in denoisers.values():
             sequence.apply(model, spec, **_sequence_groups(mesh), mode=parallel.ulysses_mode)
-
-
-def _check_cache(pipe: Any, spec: ModelSpec, config: EngineConfig) -> None:
-    if config.caches and not spec.denoisers:
-        raise InvalidConfigError(
-            f"cache_backend={config.cache_backend!r}: {spec.pipeline} has no component named transformer for it to "
-            "act on; leave it out."
-        )
-    for name in spec.denoisers if config.caches else ():
-        found = calibrations.beside(config.model)
-        cache.check(getattr(pipe, name), spec, str(config.cache_backend), config.cache_config, calibration=found)
 
 
 def _attention(pipe: Any, spec: ModelSpec, config: EngineConfig) -> dict[str, Backend]:
@@ -212,15 +207,6 @@ def _bodies(pipe: Any, spec: ModelSpec, config: EngineConfig) -> compile.Bodies 
 
 def _computes_on() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _cache(denoisers: list[nn.Module], spec: ModelSpec, config: EngineConfig, mesh: Mesh | None) -> None:
-    """Ranks with parts of a sequence or of the weights share each forward, and must skip the same blocks of it."""
-    group = mesh.span("ring", "ulysses", "tensor") if mesh is not None else None
-    found = calibrations.beside(config.model)
-    for model in denoisers:
-        backend = str(config.cache_backend)
-        cache.apply(model, spec, backend, config.cache_config, group=group, calibration=found)
 
 
 def _sequence_groups(mesh: Mesh) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import contextlib
 import enum
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -166,8 +166,38 @@ def _running(parts: tuple[Part, ...]) -> Iterator[None]:
         _local.parts = ()
 
 
+@contextlib.contextmanager
+def for_company() -> Iterator[None]:
+    """Forwards on this thread are run for the collectives in them alone: what they give is another rank's to find."""
+    outer = is_company()
+    _local.company = True
+    try:
+        yield
+    finally:
+        _local.company = outer
+
+
+def is_company() -> bool:
+    """Whether nobody wants what the forward that runs now on this thread gives."""
+    found: bool = getattr(_local, "company", False)
+    return found
+
+
 def run_joined(parts: tuple[Part, ...], kwargs: dict[str, Any]) -> Any:
     """One forward over rows of several calls, which share a target and an ambient state."""
     first = parts[0][0]
     with first.ambient.restored(), _running(parts):
         return first.target.function(**kwargs)
+
+
+class PartedError(Exception):
+    """A forward is given up: whoever ran it runs each of `groups` of its rows (positions in the batch) alone.
+
+    Raised by features inside a forward, before it has changed anything, and on all ranks that share it. One group of
+    all rows: the same again, now that something is known. In a group without rows this rank keeps those company that
+    have some in it.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, ...]]) -> None:
+        super().__init__("rows of this forward have to run apart")
+        self.groups = groups

@@ -7,6 +7,7 @@ A piece that is a whole call runs with the call's own arguments, so on one rank 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from denoised.steps.forward import Call, run_joined
+from denoised.steps.forward import Call, PartedError, for_company, run_joined
 from denoised.steps.trees import Tree, carries_rows, concatenate, rebuild, shape_signature, shared_leaves, take
 
 
@@ -166,17 +167,6 @@ def _taken(name: str, value: Tree, piece: Piece, rules: RowRules) -> Tree:
     return _rows_back(name, take(rows_first, piece.rows, piece.batch, as_list=name in rules.lists), rules)
 
 
-class PartedError(Exception):
-    """Rows of a forward cannot go on together: whoever ran it runs each of `groups` (positions in the batch) alone.
-
-    Raised by features inside a forward, before it has changed anything, and on all ranks that share it.
-    """
-
-    def __init__(self, groups: Sequence[tuple[int, ...]]) -> None:
-        super().__init__("rows of this forward have to run apart")
-        self.groups = groups
-
-
 def run(pieces: Sequence[Piece], rules: RowRules) -> list[Tree]:
     """One forward over all pieces, or one for each group of rows that cannot go together; the output of each piece."""
     try:
@@ -185,17 +175,27 @@ def run(pieces: Sequence[Piece], rules: RowRules) -> list[Tree]:
         return _run_parted(pieces, parted.groups, rules)
 
 
+def run_for_company(pieces: Sequence[Piece], rules: RowRules) -> None:
+    """Take part in the collectives of a forward whose result is another rank's; so is its error."""
+    with for_company(), contextlib.suppress(Exception):
+        run(pieces, rules)
+
+
 def _run_parted(pieces: Sequence[Piece], groups: Sequence[tuple[int, ...]], rules: RowRules) -> list[Tree]:
     places = [(piece, row) for piece in pieces for row in piece.rows]
     found: dict[int, list[tuple[Piece, Tree]]] = {number: [] for number in range(len(pieces))}
     for together in groups:
+        if not together:
+            run_for_company(pieces, rules)
+            continue
         chosen = [places[place] for place in together]
         parts = [_of(piece, [row for other, row in chosen if other is piece]) for piece in pieces]
         numbers = [number for number, part in enumerate(parts) if part.rows]
         outputs = _run([parts[number] for number in numbers], rules)
         for number, output in zip(numbers, outputs, strict=True):
             found[number].append((parts[number], output))
-    return [assemble([part for part, _ in found[n]], [output for _, output in found[n]]) for n in found]
+    done = [pairs for pairs in found.values() if pairs]
+    return [assemble([part for part, _ in pairs], [output for _, output in pairs]) for pairs in done]
 
 
 def _of(piece: Piece, rows: list[int]) -> Piece:

@@ -18,7 +18,8 @@ from denoised.errors import InvalidConfigError
 from denoised.features.cache.passage import is_embedding
 from denoised.features.cache.policies import kinds
 from denoised.features.cache.policy import Policy
-from denoised.features.cache.wrapping import Wrapping, attention_of
+from denoised.features.cache.staged import Stages
+from denoised.features.cache.wrapping import Gathers, Wrapping, attention_of
 from denoised.spec.blocks import Stack, stacks
 from denoised.spec.caches import published
 from denoised.spec.model_spec import ModelSpec
@@ -33,11 +34,17 @@ def apply(
     *,
     group: Group | None,
     calibration: dict[str, Any] | None = None,
+    convoy: Group | None = None,
+    gathers: Gathers | None = None,
+    stages: Stages | None = None,
 ) -> None:
     """Let `model` skip blocks.
 
     Args:
         group: ranks that share a forward (sequence and tensor); None: there is one.
+        convoy: ranks with rows of their own that gather weights together with this one; None: there are none.
+        gathers: who gathers the weights of its blocks; None: they are whole.
+        stages: of the model; None: it is not cut.
         calibration: settings by backend that were found for this very model; those of `config` go before.
 
     Raises:
@@ -45,7 +52,8 @@ def apply(
     """
     policy = check(model, spec, backend, config, calibration=calibration)
     by_row = spec.declared and not spec.whole_calls
-    Wrapping(model, _stacks(model, spec), policy, by_row=by_row, group=group).wrap()
+    ranks: dict[str, Any] = {"group": group, "convoy": convoy, "gathers": gathers, "stages": stages}
+    Wrapping(model, _stacks(model, spec), policy, by_row=by_row, **ranks).wrap()
 
 
 def check(

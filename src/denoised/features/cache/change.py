@@ -20,20 +20,24 @@ Pair = tuple[list[Tensor], list[Tensor]]
 
 def changes(pairs: Sequence[Pair], group: Group | None) -> list[float]:
     """For each pair (old, new): mean |new - old| / mean |old| over all of their tensors; infinite if old is 0."""
+    return quotients(summed(pairs, group))
+
+
+def summed(pairs: Sequence[Pair], group: Group | None) -> Tensor:
+    """For each pair the two sums of that, [pairs, 2]."""
     sums = torch.stack([torch.stack(_sums(old, new)) for old, new in pairs])
-    return [_quotient(difference, size) for difference, size in _agreed(sums, group)]
+    return sums if group is None else collectives.all_reduce(sums, group)
+
+
+def quotients(sums: Tensor) -> list[float]:
+    return [_quotient(difference, size) for difference, size in sums.tolist()]
 
 
 def magnitude(old: list[Tensor], new: list[Tensor], group: Group | None) -> float:
     """Mean |new| / mean |old|."""
-    sums = torch.stack([torch.stack([_size(new), _size(old)])])
-    ((after, before),) = _agreed(sums, group)
+    sums = torch.stack([_size(new), _size(old)])
+    after, before = (sums if group is None else collectives.all_reduce(sums, group)).tolist()
     return _quotient(after, before)
-
-
-def _agreed(sums: Tensor, group: Group | None) -> list[list[float]]:
-    found: list[list[float]] = (sums if group is None else collectives.all_reduce(sums, group)).tolist()
-    return found
 
 
 def _sums(old: list[Tensor], new: list[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from denoised.errors import EngineError
@@ -23,11 +24,22 @@ MAIN = ("hidden_states", "x")
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCall:
-    """A block about to run. named: its arguments, by parameter."""
+    """A block about to run.
+
+    run: as the model would have it. body: the block itself, where it is run on this rank and by nobody's leave.
+    named: its arguments, by parameter. attend: takes part in the gathers of its weights, and no more.
+    """
 
     stack: str
+    block: Any
     run: Callable[[], Any]
     named: dict[str, Any]
+    body: Callable[[], Any]
+    attend: Callable[[], None]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.inputs.values())).device
 
     @cached_property
     def inputs(self) -> Leaves:
@@ -36,8 +48,13 @@ class BlockCall:
 
     def main(self) -> Leaves:
         """The inputs that the noise is in."""
-        named = {path: tensor for path, tensor in self.inputs.items() if path[0] in MAIN}
-        return named or {p: t for p, t in self.inputs.items() if len(p) == 1 and t.is_floating_point()}
+        return main(self.inputs)
+
+
+def main(inputs: Leaves) -> Leaves:
+    """Of tensors by path those that the noise is in."""
+    named = {path: tensor for path, tensor in inputs.items() if path[0] in MAIN}
+    return named or {p: t for p, t in inputs.items() if len(p) == 1 and t.is_floating_point()}
 
 
 @dataclass(kw_only=True)
@@ -52,11 +69,19 @@ class _Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Added:
-    """What a range of blocks added to one tensor: the range's last block, and the path in its output."""
+    """What a range of blocks added to one tensor: the range's last block, and the path in its output.
+
+    after, before: the range's output, and the input that it continues, if it does one.
+    """
 
     place: int
     path: Path
-    value: Tensor
+    after: Tensor
+    before: Tensor | None
+
+    @cached_property
+    def value(self) -> Tensor:
+        return self.after if self.before is None else self.after - self.before
 
 
 @dataclass(kw_only=True)
@@ -117,8 +142,8 @@ class Course:
         for part, end in self._within():
             for path, tensor in part.outputs[end - 1 - part.end].items():
                 came = visits[end - 1].continues.get(path)
-                value = tensor if came is None else tensor - part.first.inputs[came]
-                yield Added(place=end - 1, path=path, value=value)
+                before = None if came is None else part.first.inputs[came]
+                yield Added(place=end - 1, path=path, after=tensor, before=before)
 
     def _within(self) -> list[tuple[_Range, int]]:
         """The ranges that may be skipped, and their ends: without the blocks at either end of the forward."""

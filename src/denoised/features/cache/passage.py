@@ -1,13 +1,13 @@
 """One forward under way: which of its blocks run, what stands for the others, and what its rows will remember.
 
 Nothing that rows remember is changed before the forward has succeeded. Rows that decide differently are parted: the
-forward is given up and run again for each group (`steps.rows.PartedError`), so all rows of one forward go one way.
+forward is given up and run again for each group (`steps.forward.PartedError`), so all rows of one forward go one way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ from denoised.errors import EngineError
 from denoised.features.cache.change import Group, changes, magnitude
 from denoised.features.cache.course import Added, BlockCall, Course
 from denoised.features.cache.expansion import Expansion
+from denoised.features.cache.lockstep import Lockstep, Mood
 from denoised.features.cache.policy import Past, Policy
 from denoised.features.cache.rows import Batch, Unit, Visit
 from denoised.features.cache.trees import Path, at, filled, places
-from denoised.steps.forward import Decision
-from denoised.steps.rows import PartedError
+from denoised.steps.forward import Decision, PartedError
 from denoised.steps.tally import count
 
 
@@ -28,6 +28,7 @@ class Passage:
     """Args:
     group: ranks that share the forward; None: there is one.
     look_inside: gives what the attention of a block would be given, without running the block to its end.
+    lockstep: ranks whose forwards gather weights together with this one; None: there are none.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class Passage:
         *,
         group: Group | None,
         look_inside: Callable[[BlockCall], list[Tensor]],
+        lockstep: Lockstep | None = None,
     ) -> None:
+        self._lockstep, self._attends = lockstep, False
         self._policy, self._units, self._group, self._look_inside = policy, units, group, look_inside
         self._batch = Batch(sum(len(unit.rows) for unit in units))
         self._course = Course(first=policy.look.first, last=policy.look.last)
@@ -47,6 +50,12 @@ class Passage:
         self._pasts = [unit.state.past.computed() for unit in units]
         self._changes: list[float | None] = [None] * len(units)
         self._skips: bool | None = None
+
+    def run(self, forward: Callable[[], Any]) -> Any:
+        """The forward's output."""
+        output = forward()
+        self.commit()
+        return output
 
     def block(self, call: BlockCall) -> Any:
         """What a block gives, called in the order of the program."""
@@ -63,7 +72,10 @@ class Passage:
         decided = [state.fixed for state in states if state.fixed is not None]
         if len(decided) < len(states):
             decided = self._decisions()
+        mood = self._mood(decided, call)
+        if mood.apart:
             self._part(decided)
+        self._attends = self._lockstep is not None and mood.computes
         self._skips, self._pasts = decided[0][0], [past for _, past in decided]
 
     def _look(self, call: BlockCall) -> list[Tensor]:
@@ -76,22 +88,31 @@ class Passage:
         return self._course.added_before(call) if probe == "residual" else []
 
     def _decisions(self) -> list[tuple[bool, Past]]:
-        asked = [unit for unit in self._units if unit.state.seen and self._policy.asks(unit.state.past, unit.at())]
+        asked = self._asked()
         pairs = [(unit.state.seen, [self._batch.of(unit, tensor) for tensor in self._probe]) for unit in asked]
         found = dict(zip(asked, changes(pairs, self._group) if pairs else [], strict=True))
         self._changes = [found.get(unit) for unit in self._units]
         return [self._policy.decide(unit.state.past, unit.at(), found.get(unit)) for unit in self._units]
 
-    def _part(self, decided: list[tuple[bool, Past]]) -> None:
-        """Raises PartedError if the rows do not decide alike."""
-        if len({skips for skips, _ in decided}) == 1:
-            return
+    def _asked(self) -> list[Unit]:
+        """Whose change decides."""
+        return [unit for unit in self._units if unit.state.seen and self._policy.asks(unit.state.past, unit.at())]
+
+    def _mood(self, decided: list[tuple[bool, Past]], call: BlockCall) -> Mood:
+        """That of these rows, or of all ranks in lockstep."""
+        kinds = {skips for skips, _ in decided}
+        own = Mood(computes=False in kinds, apart=len(kinds) > 1)
+        return own if self._lockstep is None else self._lockstep.agree(own, call.device)
+
+    def _part(self, decided: list[tuple[bool, Past]]) -> NoReturn:
+        """Raises PartedError: first the rows that compute, then those that skip; neither here nor elsewhere may both
+        be in one forward."""
         groups: dict[bool, list[int]] = {False: [], True: []}
         for unit, decision in zip(self._units, decided, strict=True):
             unit.state.fixed = decision
             groups[decision[0]] += range(unit.first, unit.first + len(unit.rows))
-        count("cache_parted")
-        raise PartedError([tuple(rows) for rows in groups.values()])
+        count("cache_parted", all(groups.values()))
+        raise PartedError([tuple(rows) for rows in groups.values() if rows or self._lockstep is not None])
 
     # ------------------------------------------------------------------ skipped blocks
 
@@ -103,11 +124,18 @@ class Passage:
             return call.run()
         if place == look.first or visits[place - 1].stack != call.stack:
             self._start = call
-        count("cache_blocks_skipped")
+        count("cache_blocks_skipped", self._is_here(place))
+        if self._attends:
+            count("cache_blocks_attended")
+            call.attend()
         visit = visits[place]
         if _ends_range(visits, place, look.last):
-            return filled(visit.bare, {path: self._restored(place, path) for path in places(visit.bare)})
+            return self._ended(place, call, visit)
         return filled(visit.bare, {path: at(call.named, visit.continues[path]) for path in places(visit.bare)})
+
+    def _ended(self, place: int, call: BlockCall, visit: Visit) -> Any:
+        """What a range of blocks gives, whose last one this is."""
+        return filled(visit.bare, {path: self._restored(place, path) for path in places(visit.bare)})
 
     def _restored(self, place: int, path: Path) -> Tensor:
         """What the range's last block gives: the range's input, and what each row remembers of what was added."""
@@ -127,8 +155,9 @@ class Passage:
         for unit, past, values in zip(self._units, self._pasts, measured, strict=True):
             state = unit.state
             if self._policy.look.follows or not self._skips:
-                state.seen = [self._batch.of(unit, tensor) for tensor in self._probe]
-            state.past, state.step, state.fixed = past, unit.call.step, None
+                state.seen = self._looked(unit)
+            state.past, state.step = past, unit.call.step
+            state.fixed = state.looked = state.front = None
             told = [Decision(by=self._policy.name, row=r, computed=not self._skips, values=values) for r in unit.rows]
             unit.call.decisions += told
         count("cache_forwards_skipped" if self._skips else "cache_forwards_computed")
@@ -136,11 +165,24 @@ class Passage:
     def _keep(self) -> list[tuple[float, ...]]:
         """Of a computed forward its blocks, and what each range of them added; gives what was measured, by unit."""
         visits = self._course.visits()
-        added = list(self._course.added(visits))
+        added = self._added(visits)
         return [
             self._remember(unit, visits, added, change)
             for unit, change in zip(self._units, self._changes, strict=True)
         ]
+
+    # What this rank has.
+
+    def _looked(self, unit: Unit) -> list[Tensor]:
+        """What the unit's next change is measured from."""
+        return [self._batch.of(unit, tensor) for tensor in self._probe]
+
+    def _is_here(self, place: int) -> bool:
+        """Whether the block runs on this rank."""
+        return True
+
+    def _added(self, visits: tuple[Visit, ...]) -> list[Added]:
+        return list(self._course.added(visits))
 
     def _remember(
         self, unit: Unit, visits: tuple[Visit, ...], added: list[Added], change: float | None

@@ -35,7 +35,7 @@ class RowState:
     sign, step: what the call looked like, and when it was; one that looks otherwise, or is earlier, starts anew.
     seen: what the last change is measured from. visits: blocks of the last computed forward.
     kept: by the place of a range's last block and the path in its output.
-    fixed: what was decided in a forward that was then parted.
+    fixed, looked, front: what was decided, seen and computed in a forward that was then given up.
     by: the cache with its settings. alone: no other rank has a part of it.
     """
 
@@ -48,6 +48,8 @@ class RowState:
     visits: tuple[Visit, ...] = ()
     kept: dict[tuple[int, Path], Expansion] = field(default_factory=dict)
     fixed: tuple[bool, Past] | None = None
+    looked: list[Tensor] | None = None
+    front: Any = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -39,11 +39,15 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One call of a block: its output with a `Shape` for each tensor, and the stages that need each of these."""
+    """One call of a block: its output with a `Shape` for each tensor, and the stages that need each of these.
+
+    runs: it is computed; else something stood in for it that costs nothing.
+    """
 
     block: int
     output: Any
     stages: tuple[frozenset[int], ...]
+    runs: bool = True
 
     def is_for(self, stage: int) -> bool:
         return any(stage in needed for needed in self.stages)

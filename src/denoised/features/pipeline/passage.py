@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from denoised.features.pipeline.plan import Key, Way
 from denoised.features.pipeline.watch import Source, Sources, Watch
 from denoised.steps import collectives
 from denoised.steps.collectives import Group
+from denoised.steps.forward import PartedError
 
 Function = Callable[..., Any]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -50,8 +51,19 @@ class Route:
         return self.stages[block] == self.here
 
     def way(self, record: Record) -> Way:
-        blocks = [event.block for event in record.events]
-        return Way(record=record, parts=parts([self.stages[b] for b in blocks], [self.costs[b] for b in blocks]))
+        stages = [self.stages[event.block] for event in record.events]
+        costs = [self.costs[event.block] if event.runs else 0.0 for event in record.events]
+        return Way(record=record, parts=parts(stages, costs))
+
+
+class Kind(NamedTuple):
+    """Of a call of a block. runs: the block itself is computed. for_all: every stage looks at what it gives."""
+
+    runs: bool
+    for_all: bool
+
+
+RUNS = Kind(runs=True, for_all=False)
 
 
 class Passage(Protocol):
@@ -60,8 +72,11 @@ class Passage(Protocol):
     def run(self, function: Function, arguments: Arguments) -> Any:
         """The forward's output."""
 
-    def block(self, index: int, function: Function, arguments: Arguments) -> Any:
-        """What the block gives, called in the order of the program."""
+    def block(self, index: int, function: Function, arguments: Arguments, kind: Kind = RUNS) -> Any:
+        """What the block gives, or what stands in for it, called in the order of the program."""
+
+    def need(self, index: int, used: Sequence[torch.Tensor]) -> None:
+        """The block's stage looks at these tensors, in no block."""
 
 
 class OffRecordError(Exception):
@@ -87,17 +102,31 @@ class Ride:
     def run(self, function: Function, arguments: Arguments) -> Any:
         try:
             output = function(*arguments[0], **arguments[1])
-            if self._next < len(self._events):
-                raise OffRecordError
+            self._check_end()
+        except PartedError:  # as far as it was to go
+            self._check_end()
+            raise
         except Exception:
             self._keep_promises()
             raise
         return output
 
-    def block(self, index: int, function: Function, arguments: Arguments) -> Any:
-        if self._next == len(self._events) or self._events[self._next].block != index:
+    def _check_end(self) -> None:
+        if self._next < len(self._events):
+            self._keep_promises()
+            raise OffRecordError
+
+    def block(self, index: int, function: Function, arguments: Arguments, kind: Kind = RUNS) -> Any:
+        if self._next == len(self._events) or not self._is_next(index, kind):
             raise OffRecordError
         return self._event(lambda event: self._attempt(event, function, arguments))
+
+    def need(self, index: int, used: Sequence[torch.Tensor]) -> None:
+        """It is in the record who needs what."""
+
+    def _is_next(self, index: int, kind: Kind) -> bool:
+        event = self._events[self._next]
+        return (event.block, event.runs) == (index, kind.runs)
 
     def _keep_promises(self) -> None:
         """The rest of the record, with blanks, at the same points of the order."""
@@ -157,24 +186,33 @@ class Scout:
 
     def __init__(self, route: Route, clock: Clock, learned: Callable[[Record], None]) -> None:
         self._route, self._clock, self._learned = route, clock, learned
-        self._calls: list[tuple[int, Any]] = []
+        self._calls: list[tuple[int, Any, bool]] = []
         self._users: defaultdict[Source, set[int]] = defaultdict(set)
         self._watch = Watch()
 
     def run(self, function: Function, arguments: Arguments) -> Any:
         with self._watch:
-            output = function(*arguments[0], **arguments[1])
+            try:
+                output = function(*arguments[0], **arguments[1])
+            except PartedError:
+                self._learned(self._record(None))
+                raise
         self._learned(self._record(output))
         return output
 
-    def block(self, index: int, function: Function, arguments: Arguments) -> Any:
+    def block(self, index: int, function: Function, arguments: Arguments, kind: Kind = RUNS) -> Any:
         used = tensors(arguments)
-        self._use(self._watch.sources(used), {self._route.stages[index]})
+        self.need(index, used)
         with _disable_current_modes():
-            output = self._run(index, function, arguments, used)
+            output = self._run(index, function, arguments, used, kind)
         for number, tensor in enumerate(tensors(output)):
             self._watch.mark(tensor, (len(self._calls) - 1, number))
+            if kind.for_all:
+                self._users[len(self._calls) - 1, number] |= set(range(self._route.size))
         return output
+
+    def need(self, index: int, used: Sequence[torch.Tensor]) -> None:
+        self._use(self._watch.sources(used), {self._route.stages[index]})
 
     def _record(self, output: Any) -> Record:
         """What was learned; `output` is that of the model, which the stage of the last block gives to the others."""
@@ -184,16 +222,16 @@ class Scout:
         return Record(events=tuple(self._event(number) for number in range(len(self._calls))), home=home)
 
     def _event(self, number: int) -> Event:
-        block, output = self._calls[number]
+        block, output, runs = self._calls[number]
         owner = {self._route.stages[block]}
         users = [frozenset(self._users[number, leaf] - owner) for leaf in range(len(outlines(output)))]
-        return Event(block=block, output=output, stages=tuple(users))
+        return Event(block=block, output=output, stages=tuple(users), runs=runs)
 
     def _use(self, sources: Sources, stages: set[int]) -> None:
         for source in sources:
             self._users[source] |= stages
 
-    def _run(self, index: int, function: Function, arguments: Arguments, used: list[torch.Tensor]) -> Any:
+    def _run(self, index: int, function: Function, arguments: Arguments, used: list[torch.Tensor], kind: Kind) -> Any:
         """The block's output, broadcast by its stage: all get tensors of their own, so that none is another's view."""
         route, source = self._route, self._route.stages[index]
         output, problem = self._attempt(index, function, arguments, used) if route.is_own(index) else (None, None)
@@ -201,7 +239,7 @@ class Scout:
             outline, problem = self._agree((shapes(output), problem), source)
         if problem:
             raise EngineError(problem)
-        self._calls.append((index, outline))
+        self._calls.append((index, outline, kind.runs))
         mine = output if route.is_own(index) else fill(outline, lambda _, shape: shape.outline(route.device))
         return replace(mine, [collectives.broadcast(x, route.group, source=source) for x in tensors(mine)])
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from denoised.features.pipeline.clock import Mark
 from denoised.features.pipeline.cut import MAX_ROUNDS, blocks_of, deal, drop_weights, num_weights
-from denoised.features.pipeline.passage import Route
-from denoised.features.pipeline.traffic import Traffic, or_raise
+from denoised.features.pipeline.passage import Kind, Route
+from denoised.features.pipeline.traffic import Leg, Traffic, or_raise
 from denoised.spec.model_spec import ModelSpec
 
 
@@ -29,6 +30,7 @@ class Stages:
     num_stages: int
     blocks: tuple[str, ...]
     _traffic: Traffic = field(repr=False)
+    _bodies: dict[int, tuple[int, Callable[..., Any]]] = field(repr=False)
 
     def run_many(self, calls: Sequence[Callable[[], Any]], *, return_exceptions: bool = False) -> list[Any]:
         """Independent forwards of this denoiser, one a call, so that stages overlap; every rank gets all outputs.
@@ -43,6 +45,42 @@ class Stages:
         """
         outputs = self._traffic.run_many(calls)
         return outputs if return_exceptions else [or_raise(output) for output in outputs]
+
+    # For whoever stands in for blocks. Every stage makes the same calls, in the same order.
+
+    def leg(
+        self, kind: Any, *, early: bool, begin: Callable[[], None], end: Callable[[], None]
+    ) -> AbstractContextManager[None]:
+        """The forward inside, on this thread, is of this kind: those of one kind and signature call the same blocks.
+
+        Args:
+            early: it goes before others that wait, however long they have.
+            begin, end: called inside the forward at either end, each time that it is tried.
+        """
+        return self._traffic.leg(Leg(kind=kind, early=early, begin=begin, end=end))
+
+    def stand_in(self, block: nn.Module, function: Callable[[], Any], used: Sequence[Tensor], *, for_all: bool) -> Any:
+        """In a forward, what `function` gives at the block's stage, for whoever needs it, as if it were its output.
+
+        Args:
+            used: the tensors that it looks at.
+            for_all: all stages look at what it gives, so that they know what to do next.
+        """
+        index, _ = self._bodies[id(block)]
+        kind = Kind(runs=False, for_all=for_all)
+        return self._traffic.block(index, lambda *_: function(), (tuple(used), {}), kind)
+
+    def need(self, block: nn.Module, used: Sequence[Tensor]) -> None:
+        """In a forward, the block's stage looks at these tensors."""
+        self._traffic.need(self._bodies[id(block)][0], used)
+
+    def owns(self, block: nn.Module) -> bool:
+        """Whether the block runs here."""
+        return self._traffic.route.is_own(self._bodies[id(block)][0])
+
+    def body(self, block: nn.Module) -> Callable[..., Any]:
+        """The forward that the block had before the model was cut; only its own stage has weights for it."""
+        return self._bodies[id(block)][1]
 
     @property
     def marks(self) -> tuple[Mark, ...]:
@@ -81,13 +119,14 @@ def apply(
     device = next(model.parameters()).device
     route = Route(names=list(blocks), costs=costs, stages=owners, group=group, device=device)
     traffic = Traffic(route)
+    bodies = {id(block): (index, block.forward) for index, block in enumerate(blocks.values())}
     for index, block in enumerate(blocks.values()):
         if not route.is_own(index):
             drop_weights(block)
         block.forward = _block_forward(traffic, index, block.forward)
     model.forward = _model_forward(traffic, model.forward)
     own = tuple(name for index, name in enumerate(blocks) if route.is_own(index))
-    return Stages(stage=route.here, num_stages=route.size, blocks=own, _traffic=traffic)
+    return Stages(stage=route.here, num_stages=route.size, blocks=own, _traffic=traffic, _bodies=bodies)
 
 
 def _block_forward(traffic: Traffic, index: int, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -19,7 +20,17 @@ from denoised.features.pipeline.clock import Clock
 from denoised.features.pipeline.lane import Lane
 from denoised.features.pipeline.layout import Record, signature, tensors
 from denoised.features.pipeline.mail import Mail
-from denoised.features.pipeline.passage import Arguments, Function, OffRecordError, Passage, Ride, Route, Scout
+from denoised.features.pipeline.passage import (
+    RUNS,
+    Arguments,
+    Function,
+    Kind,
+    OffRecordError,
+    Passage,
+    Ride,
+    Route,
+    Scout,
+)
 from denoised.features.pipeline.plan import Plan, Way
 from denoised.steps import collectives
 from denoised.steps.tally import count
@@ -30,12 +41,30 @@ MAX_RECORDS = 256
 MAX_ROWS = 8
 
 
+def _go_on() -> None:
+    """Nothing to do or to wait for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leg:
+    """What is known of a forward beside its signature.
+
+    kind: forwards of one kind and signature go one way. early: it goes before others that wait.
+    begin, end: called inside the forward, each time that it is tried.
+    """
+
+    kind: Any = None
+    early: bool = False
+    begin: Callable[[], None] = _go_on
+    end: Callable[[], None] = _go_on
+
+
 @dataclass(kw_only=True, eq=False)
 class Row:
     """One call of `run_many`.
 
     lane: what it pauses on; None for a row that runs alone, on the caller's thread, modes and all.
-    key: the signature of the forward that it is in, or stands before.
+    key: the signature and the kind of the forward that it is in, or stands before. early: as in `Leg`.
     passage: how that forward goes through the stages; None before that is decided.
     astray: the forward took another way than its signature did before.
     home: the stage that has its output.
@@ -45,6 +74,7 @@ class Row:
     call: Callable[[], Any]
     lane: Lane | None = None
     key: Any = None
+    early: bool = False
     passage: Passage | None = None
     astray: bool = False
     home: int = 0
@@ -57,7 +87,7 @@ class Traffic:
 
     def __init__(self, route: Route) -> None:
         self.route, self.clock = route, Clock(route.device)
-        self._here = threading.local()  # .row: the one that this thread runs
+        self._here = threading.local()  # .row: the one that this thread runs; .leg: of its next forward
         self._mails: list[Mail] = []
         self._records: OrderedDict[Any, Way] = OrderedDict()
 
@@ -72,15 +102,31 @@ class Traffic:
             raise AssertionError("forwards of one model do not nest")
         self.route.device = _device(arguments) or self.route.device
         self.clock.at(self.route.device)
-        row.key, row.astray = signature(*arguments), False
-        return self._through(row, function, arguments)
+        leg: Leg = getattr(self._here, "leg", Leg())
+        row.key, row.early, row.astray = (signature(*arguments), leg.kind), leg.early, False
+        return self._through(row, _within(leg, function), arguments)
 
-    def block(self, index: int, function: Function, arguments: Arguments) -> Any:
+    @contextlib.contextmanager
+    def leg(self, leg: Leg) -> Iterator[None]:
+        """The forward inside, on this thread."""
+        self._here.leg = leg
+        try:
+            yield
+        finally:
+            del self._here.leg
+
+    def block(self, index: int, function: Function, arguments: Arguments, kind: Kind = RUNS) -> Any:
+        count("blocks_run", kind.runs and self.route.is_own(index))
+        return self._passage_of(index).block(index, function, arguments, kind)
+
+    def need(self, index: int, used: Sequence[Tensor]) -> None:
+        self._passage_of(index).need(index, used)
+
+    def _passage_of(self, index: int) -> Passage:
         row = self._row
         if row is None or row.passage is None:
             raise EngineError(f"{self.route.names[index]} was called outside a forward of its model")
-        count("blocks_run", self.route.is_own(index))
-        return row.passage.block(index, function, arguments)
+        return row.passage
 
     @property
     def _row(self) -> Row | None:
@@ -166,8 +212,9 @@ class Traffic:
     def _decide(self, rows: list[Row]) -> list[int]:
         """Give passages to rows that stand before a forward; the numbers of those to go on with, in order.
 
-        All go together if their ways are known; else the first whose way is not goes alone.
+        Early ones first. All go together if their ways are known; else the first whose way is not goes alone.
         """
+        rows = [row for row in rows if row.early] or rows
         lost = next((row for row in rows if row.astray or row.key not in self._records), None)
         if lost is not None:
             lost.passage = Scout(self.route, self.clock, functools.partial(self._learn, lost))
@@ -216,8 +263,14 @@ def or_raise(output: Any) -> Any:
     return output
 
 
-def _go_on() -> None:
-    """The pause of a row that runs alone."""
+def _within(leg: Leg, function: Function) -> Function:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        leg.begin()
+        output = function(*args, **kwargs)
+        leg.end()
+        return output
+
+    return forward
 
 
 def _device(arguments: Arguments) -> torch.device | None:
