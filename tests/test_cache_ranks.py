@@ -1,5 +1,7 @@
-"""Ranks that gather weights together and decide for themselves: whatever each has to do in a step, nobody waits for a
-gather that does not come, every rank gathers equally often, and rows get what they would get alone.
+"""Caches over ranks, without an engine: rows get what they would get alone.
+
+Ranks that gather weights together and decide for themselves: whatever each has to do in a step, nobody waits for a
+gather that does not come, and every rank gathers equally often. Stages: all decide alike, whatever is in flight.
 """
 
 from __future__ import annotations
@@ -9,12 +11,13 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from denoised.features import cache, hsdp
+from denoised.features import cache, hsdp, pipeline
 from denoised.spec.model_spec import ModelSpec
 from denoised.steps import rows
 from denoised.steps.ambient import Ambient
@@ -28,6 +31,7 @@ SPEC = ModelSpec(pipeline="Toy", declared=True)
 RULES = RowRules()
 NUM_BLOCKS = 5
 SETTINGS = {"residual_diff_threshold": 0.1, "max_warmup_steps": 1, "max_continuous_cached_steps": -1}
+TEA: dict[str, Any] = {"rel_l1_thresh": 0.05, "coefficients": [1.0, 0.0]}
 
 
 class Store:
@@ -37,15 +41,27 @@ class Store:
         self.mode, self.written = "write", list[float]()
 
 
+class Attention(nn.Module):
+    """By the name of what it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(16, 16)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out: Tensor = self.to_q(hidden_states)
+        return out
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = nn.Linear(16, 16)
+        self.norm, self.attention = nn.LayerNorm(16), Attention()
 
     def forward(self, hidden_states: Tensor, store: Store | None) -> Tensor:
         if store is not None:
             store.written.append(float(hidden_states.sum()))
-        return hidden_states + self.a(hidden_states).tanh()
+        return hidden_states + self.attention(self.norm(hidden_states)).tanh()
 
 
 class Toy(nn.Module):
@@ -89,7 +105,8 @@ class Requests:
         return Piece(call=call, rows=tuple(range(len(noise))), batch=len(noise))
 
 
-# Step by step what each rank runs: requests by name, with the noise of each row. Nothing: company for the other's.
+# Step by step what each rank runs, or what is in flight on stages: requests by name, with the noise of each row.
+# Nothing: company for the other's.
 PROGRAM: list[tuple[dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]] = [
     ({"a": (0.0, 1.0)}, {"b": (0.5,)}),  # both compute
     ({"a": (0.0, 1.0)}, {"b": (2.0,)}),  # one skips
@@ -109,14 +126,14 @@ PROGRAM: list[tuple[dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]]
 ]
 
 
-def follow(rank: int, _: int, settings: dict[str, Any]) -> dict[str, Any]:
+def follow(rank: int, _: int, backend: str, settings: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     plain = Toy().eval().requires_grad_(False)
     sharded = copy.deepcopy(plain)
-    cache.apply(plain, SPEC, "cache_dit", settings, group=None)
+    cache.apply(plain, SPEC, backend, settings, group=None)
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",))
     gathers = hsdp.apply(sharded, None, mesh)
-    cache.apply(sharded, SPEC, "cache_dit", settings, group=None, convoy=dist.group.WORLD, gathers=gathers)
+    cache.apply(sharded, SPEC, backend, settings, group=None, convoy=dist.group.WORLD, gathers=gathers)
     alone, together = Requests(model=plain), Requests(model=sharded)
     differences, moods, mine = list[float](), list[str](), {name for parts in PROGRAM for name in parts[rank]}
     with torch.no_grad(), counted() as counts:
@@ -146,13 +163,8 @@ def decided(piece: Piece) -> str:
     return "".join("01"[decision.computed] for decision in found)
 
 
-@functools.cache
-def followed(**settings: int) -> list[dict[str, Any]]:
-    return run_on_ranks(follow, 2, SETTINGS | settings)
-
-
 def test_whatever_each_rank_has_to_do() -> None:
-    first, second = followed()
+    first, second = run_on_ranks(follow, 2, "cache_dit", SETTINGS)
     assert max(first["difference"], second["difference"]) < 1e-6
     assert first["moods"][:7] == ["11", "00", "00", "01", "10", "01", "01"]
     assert second["moods"][:7] == ["1", "1", "0", "0", "1", "11", "10"]
@@ -162,8 +174,75 @@ def test_whatever_each_rank_has_to_do() -> None:
     assert (first["written"], second["written"]) == ({"S": 4 * NUM_BLOCKS}, {"T": NUM_BLOCKS}), "once a step"
 
 
-def test_last_blocks_are_always_gathered() -> None:
-    first, second = followed(Fn_compute_blocks=2, Bn_compute_blocks=1)
+@pytest.mark.parametrize(
+    ("backend", "settings"),
+    [("cache_dit", SETTINGS | {"Fn_compute_blocks": 2, "Bn_compute_blocks": 1}), ("tea_cache", TEA)],
+)
+def test_first_and_last_blocks_and_looks_are_gathered_by_all(backend: str, settings: dict[str, Any]) -> None:
+    first, second = run_on_ranks(follow, 2, backend, settings)
     assert max(first["difference"], second["difference"]) < 1e-6
     assert first["gathers"] == second["gathers"]
-    assert first["moods"] == followed()[0]["moods"]
+    assert "0" in "".join(first["moods"])
+    assert first["attended"] > 0
+
+
+# ------------------------------------------------------------------ stages
+
+
+def pass_through(rank: int, size: int, backend: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Both ranks of the program are forwards in flight here, on all stages."""
+    torch.manual_seed(0)
+    plain = Toy().eval().requires_grad_(False)
+    cut = copy.deepcopy(plain)
+    cache.apply(plain, SPEC, backend, settings, group=None)
+    stages = pipeline.apply(cut, SPEC, dist.group.WORLD)
+    cache.apply(cut, SPEC, backend, settings, group=None, stages=stages)
+    alone, together = Requests(model=plain), Requests(model=cut)
+    differences, moods = list[float](), list[tuple[list[str], list[str]]]()
+    with torch.no_grad(), counted() as counts:
+        for step, parts in enumerate(PROGRAM):
+            flown = [[together.piece(name, step, noise) for name, noise in part.items()] for part in parts if part]
+            found = stages.run_many([functools.partial(rows.run, pieces, RULES) for pieces in flown])
+            given = [(name, noise) for part in parts for name, noise in part.items()]
+            solo = [alone.piece(name, step, noise) for name, noise in given]
+            expected = [rows.run([piece], RULES)[0] for piece in solo]
+            differences += [
+                float((a - b).abs().max()) for a, b in zip(expected, [x for xs in found for x in xs], strict=True)
+            ]
+            moods.append(([decided(p) for p in solo], [decided(p) for pieces in flown for p in pieces]))
+    kept = [
+        expansion.terms[0].numel()
+        for state in together.states.values()
+        for row in state.get("cache", {}).values()
+        for expansion in row.kept.values()
+    ]
+    return {
+        "difference": max(differences),
+        "moods": moods,
+        "counts": dict(counts),
+        "kept": sum(kept),
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "backend", "settings"),
+    [
+        (2, "cache_dit", SETTINGS),
+        (3, "cache_dit", SETTINGS | {"Fn_compute_blocks": 2, "Bn_compute_blocks": 2, "enable_taylorseer": True}),
+        (2, "tea_cache", TEA),
+        (2, "mag_cache", {"threshold": 0.5, "mag_ratios": [0.9] * 10}),
+    ],
+)
+def test_stages_decide_as_one_rank_does(size: int, backend: str, settings: dict[str, Any]) -> None:
+    found = run_on_ranks(pass_through, size, backend, settings)
+    for of_stage in found:
+        assert of_stage["difference"] < 1e-6
+        assert all(alone == together for alone, together in of_stage["moods"])
+        assert of_stage["moods"] == found[0]["moods"]
+    skipped = sum(row == "0" for alone, _ in found[0]["moods"] for moods in alone for row in moods)
+    assert skipped > 0
+    assert sum(of_stage["counts"]["cache_blocks_skipped"] for of_stage in found) > 0
+    assert sum(of_stage["kept"] > 0 for of_stage in found) == 1, "what a range added is on one stage"
+    if backend == "cache_dit":
+        assert found[0]["counts"]["cache_parted"] > 0
+        assert found[0]["counts"]["cache_told"] == found[1]["counts"]["cache_told"] > 0
