@@ -136,7 +136,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_with_every_cache(layout: str, kind: str) -> None:
     for name in ("qwen_image", "flux_true_cfg", "wan22_t2v", "sd3"):
-        compare(name, kind, LAYOUTS[layout])
+        # A third of a small model may be just the blocks at either end, which are always computed.
+        compare(name, kind, LAYOUTS[layout], everywhere=layout != "three stages")
 
 
 @pytest.mark.slow
