@@ -100,8 +100,9 @@ def model_of(method: str) -> str:
 
 
 def bound(feature: str, method: str) -> float:
-    """Shards of a quantized layer have scales of their own."""
-    return test_quantize.bound(method, "int8_weight_only") if feature == "quantization" else REORDERED
+    """Shards of a quantized layer have scales of their own, also those of the ranks that experts are dealt to."""
+    layout = "tensor" if method == "expert" else method
+    return test_quantize.bound(layout, "int8_weight_only") if feature == "quantization" else REORDERED
 
 
 def run(names: tuple[str, ...], model: str = "", **settings: Any) -> list[OmniRequestOutput]:
