@@ -1,0 +1,59 @@
+"""The only package that names private symbols of diffusers and transformers, or leans on undocumented behaviour.
+
+`tests/test_hf.py` asserts that each exists, so that an upgrade fails there and not in a picture.
+"""
+
+from __future__ import annotations
+
+from denoised.hf.loading import (
+    class_names,
+    converted_single_file,
+    empty_model,
+    giving_components,
+    kept_in_float32,
+    opening_weights,
+)
+from denoised.hf.messages import expect_messages_of_imports, quietly, route_warnings
+from denoised.hf.pipelines import (
+    changes_modules,
+    components,
+    execution_device,
+    inner_pipelines,
+    output_class,
+    same_processors,
+    set_config,
+    stateful_components,
+    subclasses,
+)
+from denoised.hf.plans import PlanEntry, context_parallel_plan, converted_lora, declared_cuts
+from denoised.hf.quantized import Quantized, holds_parts, is_quantized, quantized_by
+
+__all__ = [
+    "PlanEntry",
+    "Quantized",
+    "changes_modules",
+    "class_names",
+    "components",
+    "context_parallel_plan",
+    "converted_lora",
+    "converted_single_file",
+    "declared_cuts",
+    "empty_model",
+    "execution_device",
+    "giving_components",
+    "holds_parts",
+    "inner_pipelines",
+    "is_quantized",
+    "kept_in_float32",
+    "opening_weights",
+    "output_class",
+    "quantized_by",
+    "quietly",
+    "route_warnings",
+    "same_processors",
+    "set_config",
+    "stateful_components",
+    "subclasses",
+]
+
+expect_messages_of_imports()
