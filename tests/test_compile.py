@@ -27,7 +27,7 @@ from denoised.rules import validate
 from denoised.runtime import warming
 from denoised.spec.model_spec import ModelSpec
 from denoised.steps.tally import counted
-from tests.contract import support
+from tests.contract import support, test_cache
 from tests.contract.test_lora import asked_for
 from tests.contract.test_lora import reference as with_adapters
 
@@ -204,12 +204,16 @@ def test_who_compiles() -> None:
     assert not warming.is_asked(EngineConfig(enforce_eager=True), "cuda")
 
 
+def size_of(row: str) -> str:
+    """Of its requests: tiny models cannot make what real ones make by default."""
+    asked = support.request_of(row, 0)
+    return "x".join(str(asked[name]) for name in ("width", "height", "num_frames") if name in asked)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["qwen_image", "sd3", "flux_dev", "wan22_ti2v"])
 def test_code_of_this_device(row: str) -> None:
-    asked = support.request_of(row, 0)
-    size = "x".join(str(asked[name]) for name in ("width", "height", "num_frames") if name in asked)
-    with support.engine(row, compile_shapes=(size,)) as omni:
+    with support.engine(row, compile_shapes=(size_of(row),)) as omni:
         assert counts_of(ask(omni, [0], row), "compiled_blocks") > 0
         outputs = ask(omni, [0, 1, 2], row)
         assert not counts_of([*outputs, *ask(omni, [0, 1, 2], row)], "recompiles")
@@ -254,3 +258,40 @@ def test_with_other_features(traced: None, settings: dict[str, Any]) -> None:
         outputs = [*ask(omni, [0]), *ask(omni, [0, 1, 2])]
         assert all(counts_of([output], "compiled_blocks") > 0 for output in outputs)
         assert not counts_of(ask(omni, [0, 1, 2]), "recompiles")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "probe"), [("qwen_image", "input"), ("flux_dev", "input"), ("wan22_t2v", "timestep")])
+def test_a_cache_looks_into_compiled_blocks(traced: None, row: str, probe: str) -> None:
+    """TeaCache asks what the first block's attention would be given, and leaves the block there."""
+    settings = {"rel_l1_thresh": 1.0, "coefficients": [1.0, 0.0], "probe": probe}
+    outputs = []
+    for more in ({"enforce_eager": True}, {"compile_shapes": (size_of(row),)}):
+        with support.engine(row, cache_backend="tea_cache", cache_config=settings, **more) as omni:
+            outputs.append(test_cache.ask(omni, row, [0, 1]))
+    eager, compiled = outputs
+    assert counts_of(compiled, "compiled_blocks") > 0
+    for one, other in zip(eager, compiled, strict=True):
+        assert test_cache.decisions(one) == test_cache.decisions(other)
+        assert test_cache.report(other)["skipped"] > 0
+        assert support.difference(support.media(one), support.media(other)) <= BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parallel",
+    [{"tensor_parallel_size": 2}, {"ulysses_degree": 2, "ulysses_mode": "advanced_uaa"}],
+    ids=lambda parallel: next(iter(parallel)),
+)
+def test_experts_over_ranks(parallel: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"num_threads": 1, "plugins": ("tests.contract.rank_setup", "tests.traced_only")}
+    config = DiffusionParallelConfig(enable_expert_parallel=True, **parallel)
+    settings |= {"compile_shapes": (size_of("hidream_i1"),)}
+    settings["default_sampling_params"] = {"extra_args": {"max_sequence_length": 40}}
+    with Omni(support.folder("hidream_i1"), parallel_config=config, **settings) as omni:
+        outputs = [*ask(omni, [0], "hidream_i1"), *ask(omni, [0, 1], "hidream_i1")]
+    for output in outputs:
+        assert output.receipt is not None
+        for rank in output.receipt.ranks:
+            assert rank.counts["compiled_blocks"] > 0
+            assert rank.counts["experts"] > 0

@@ -272,3 +272,27 @@ def test_text_encoders_too() -> None:
     assert {entry["component"] for entry in output.receipt.quantized} == {"transformer", "text_encoder"}  # type: ignore[union-attr]
     distance = off(media(alone("qwen_image", "int8_weight_only", 0)), media(output))
     assert 0 < distance <= 2 * FAR["int8_weight_only"]
+
+
+def test_an_adapter_and_a_cache_beside_quantized_layers() -> None:
+    """All three on one request: a cache that never skips changes nothing, and one that does skips."""
+    adapter, steps = test_lora.asked_for("qwen_image", 1), {"coefficients": [1.0, 0.0]}
+    outputs = [
+        run("qwen_image", [0], "int8_weight_only", loras=(adapter,), **settings)[0]
+        for settings in (
+            {},
+            {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 0.0, **steps}},
+            {"cache_backend": "tea_cache", "cache_config": {"rel_l1_thresh": 100.0, **steps}},
+        )
+    ]
+    for output in outputs:
+        acted(output, "int8_weight_only")
+        assert output.receipt is not None
+        assert output.receipt.loras
+    never, often = (output.receipt.cache for output in outputs[1:] if output.receipt is not None)
+    assert never is not None
+    assert often is not None
+    assert (never["skipped"], often["skipped"] > 0) == (0, True)
+    assert never["computed"] > often["computed"]
+    assert difference(media(outputs[0]), media(outputs[1])) == EXACT
+    assert difference(media(outputs[0]), media(outputs[2])) > REORDERED
