@@ -270,7 +270,8 @@ def test_the_three_settings_fit_by_the_arithmetic_of_the_plan() -> None:
         "enable_layerwise_offload=True",
         "quantization='int8_weight_only'",
     ]
-    quantized = rescue.needs(facts, dataclasses.replace(config, quantization="int8_weight_only"))
+    small = dataclasses.replace(config, quantization="int8_weight_only")
+    quantized = rescue.needs(rescue.as_stored(facts, small), small)
     assert 0.25 * need < quantized < need, "what is not in blocks stays as it is"
     assert found[2].num_bytes == quantized
     least = rescue.ways(facts, config, 1.0)

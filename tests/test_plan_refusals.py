@@ -1,13 +1,12 @@
 """A layout that the plan admits is one that the engine starts, and one that it leaves out is one that it refuses.
 
-The engine's side is `denoiser._divide`, where all refusals are, on meshes whose groups send nothing (torch's "fake"
-backend): real axes and ranks, no processes. Both sides have configurations alone, no weights.
+The engine's side is `denoiser._divide`, where all refusals are, on meshes without processes (`tests/plan_ranks.py`).
+Both sides have configurations alone, no weights.
 """
 
 from __future__ import annotations
 
 import copy
-import datetime
 import itertools
 import random
 import shutil
@@ -19,26 +18,23 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from denoised import hf
 from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError
 from denoised.rules import validate
 from denoised.runtime import denoiser
-from denoised.runtime.mesh import Mesh
 from denoised.runtime.plan import HARDWARE, Ask, Layout, ModelFacts, facts_of, plan, problem
 from denoised.runtime.planning.limits import without_values
 from denoised.runtime.planning.skeleton import skeleton
 from denoised.spec.registry import resolve
+from tests.plan_ranks import first_of
 from tests.tiny import ROWS, UPSTREAM_WARNINGS, checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in UPSTREAM_WARNINGS]
 
 NUM_RANKS = (2, 4, 8)
 SAMPLED = 10  # layouts a row, beside every single axis; --full takes all
-PATIENCE = datetime.timedelta(seconds=5)
 SETTINGS = ("hsdp", "experts", "uneven")
 NAMES = [name for name, row in ROWS.items() if row.folder is None]
 
@@ -47,18 +43,6 @@ NAMES = [name for name, row in ROWS.items() if row.folder is None]
 def root() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="denoised-plan-") as folder:
         yield Path(folder)
-
-
-@pytest.fixture(autouse=True)
-def _no_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Groups that nobody answers in: gloo would wait for the ranks that are not there."""
-    real = dist.new_group
-
-    def new_group(*args: Any, **options: Any) -> Any:
-        options.pop("use_local_synchronization", None)
-        return real(*args, **options | {"backend": "fake"})
-
-    monkeypatch.setattr(dist, "new_group", new_group)
 
 
 def bare(name: str, root: Path) -> Any:
@@ -78,15 +62,12 @@ def facts(name: str, pipeline: Any) -> ModelFacts:
 def engine_refusal(pipeline: Any, layout: Layout) -> str | None:
     """What the engine says to it, if it does not start."""
     parallel = layout.config()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.num_ranks)
     try:
         validate(EngineConfig(parallel_config=parallel))
-        mesh = Mesh(parallel, device="cpu", timeout=PATIENCE)
-        denoiser._divide(_copied(pipeline), resolve(pipeline), parallel, mesh, None, None)
+        with first_of(parallel) as mesh:
+            denoiser._divide(_copied(pipeline), resolve(pipeline), parallel, mesh, None, None)
     except InvalidConfigError as error:
         return str(error)
-    finally:
-        dist.destroy_process_group()
     return None
 
 

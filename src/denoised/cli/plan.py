@@ -10,20 +10,22 @@ from typing import Annotated, Any
 import typer
 
 from denoised.cli.flags import ENGINE, PARALLEL, flags, given, with_flags
-from denoised.config import DiffusionParallelConfig
+from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidConfigError
+from denoised.rules import validate
 from denoised.runtime.planning.ask import Ask
 from denoised.runtime.planning.choose import Option, Plan
 from denoised.runtime.planning.hardware import GIB, HARDWARE, LINK_EFFICIENCY, Hardware
 from denoised.runtime.planning.layout import Layout, of_config
 
 ASK = flags(Ask, "Request")
-DTYPE = {"dtype": ENGINE["dtype"]}
+# Settings of the engine that a plan depends on.
+SETTINGS = {name: ENGINE[name] for name in ("dtype", "quantization", "attention_backend")}
 GPUS = ", ".join(HARDWARE)
 SHOWN = 12
 
 
-@with_flags(ASK, PARALLEL, DTYPE)
+@with_flags(ASK, PARALLEL, SETTINGS)
 def plan(
     model: Annotated[str, typer.Argument(help="Hub id, folder in diffusers layout, or built-in name.")],
     *,
@@ -53,9 +55,11 @@ def plan(
     hardware = _adjusted(_hardware(gpu, measure=measure), efficiency, bandwidth)
     layout, num_ranks = _asked_layout(given(PARALLEL, values), gpus)
     ask = Ask(**given(ASK, values))
-    dtype = values["dtype"] or ("float32" if hardware.cores else "bfloat16")
+    config = EngineConfig(**given(SETTINGS, values))
+    validate(config)
+    dtype = config.dtype or ("float32" if hardware.cores else "bfloat16")
     with loading(model):
-        facts = read(model, ask, dtype=dtype)
+        facts = read(model, ask, dtype=dtype, config=config, device="cpu" if hardware.cores else "cuda")
     found = plan_all(facts, hardware, num_ranks) if layout is None else plan_one(facts, hardware, layout)
     if as_json:
         json.dump(_as_dict(found), sys.stdout, indent=2)
@@ -130,8 +134,9 @@ def _show(found: Plan, dtype: str, shown: int | None) -> None:
 def _title(found: Plan, dtype: str) -> str:
     model, tokens = found.model, found.model.tokens
     size = " x ".join(map(str, model.size))
+    stored = "".join(f", {name} in {method}" for name, method in model.methods)
     return (
-        f"{model.model} ({model.pipeline}), {dtype}, on {found.best.prediction.layout.num_ranks} x "
+        f"{model.model} ({model.pipeline}), {dtype}{stored}, on {found.best.prediction.layout.num_ranks} x "
         f"{found.hardware.name}\n{size + ': ' if size else ''}{tokens.image} image and {tokens.text} text tokens, "
         f"{model.num_rows} rows in flight, {model.num_steps} steps, {model.flops_per_row / 1e12:.3g} TFLOP a row"
     )

@@ -38,16 +38,34 @@ def check(
     components: Mapping[str, Any], chosen: Mapping[str, str], *, device: torch.device, ring_degree: int
 ) -> dict[str, Backend]:
     """The kernels of components, with nothing changed. Raises InvalidConfigError."""
+    found = _found(components, chosen)
+    for name, backend in found.items():
+        _check_package(backend, device.type)
+        _check(components[name], backend, device.type, _dtype(components[name]))
+        problem = ring_problem(backend.name, device.type, ring_degree)
+        if problem is not None:
+            raise InvalidConfigError(problem)
+    return found
+
+
+def check_planned(
+    components: Mapping[str, Any], chosen: Mapping[str, str], *, device: torch.device, dtype: torch.dtype
+) -> dict[str, Backend]:
+    """The same for another machine, whose packages are not known here; weights would be of this dtype."""
+    found = _found(components, chosen)
+    for name, backend in found.items():
+        _check(components[name], backend, device.type, dtype)
+    return found
+
+
+def _found(components: Mapping[str, Any], chosen: Mapping[str, str]) -> dict[str, Backend]:
     modules = [name for name, part in components.items() if isinstance(part, nn.Module)]
     for name in chosen:
         if name not in modules:
             raise InvalidConfigError(
                 f"{FIELD}: this model has no component {name!r} with weights; use one of {', '.join(modules)}."
             )
-    found = {name: _known(kernel) for name, kernel in chosen.items()}
-    for name, backend in found.items():
-        _check(components[name], backend, device, ring_degree)
-    return found
+    return {name: _known(kernel) for name, kernel in chosen.items()}
 
 
 def _known(name: Any) -> Backend:
@@ -57,27 +75,42 @@ def _known(name: Any) -> Backend:
     return backend
 
 
-def _check(model: nn.Module, backend: Backend, device: torch.device, ring_degree: int) -> None:
-    setting, here = f"{FIELD}='{backend.name}'", ", ".join(usable(device.type))
-    if device.type not in backend.devices:
-        kinds = " or ".join(backend.devices)
-        raise InvalidConfigError(f"{setting} runs on {kinds}, not on {device.type}; here you can use {here}.")
-    if backend.package is not None and backend.is_missing:
+def _check_package(backend: Backend, device: str) -> None:
+    if backend.package is not None and device in backend.devices and backend.is_missing:
         module, install = backend.package
-        raise InvalidConfigError(f"{setting} needs {module}, which is not installed: {install}; or use {here}.")
-    if ring_degree > 1 and backend.with_lse is None:
-        able = ", ".join(name for name in usable(device.type) if BACKENDS[name].with_lse is not None)
         raise InvalidConfigError(
-            f"{setting} gives no softmax denominators, by which ring_degree={ring_degree} merges; use {able}, or "
-            "ulysses_degree in place of ring_degree."
+            f"{FIELD}='{backend.name}' needs {module}, which is not installed: {install}; or use {_usable(device)}."
         )
-    _check_heads(model, backend, device.type)
 
 
-def _check_heads(model: nn.Module, backend: Backend, device: str) -> None:
-    """What can be told without a request: the weights' dtype and the channels of a head."""
+def ring_problem(name: str, device: str, ring_degree: int) -> str | None:
+    """Why a ring of so many ranks cannot merge what this kernel gives."""
+    if ring_degree == 1 or BACKENDS[name].with_lse is not None:
+        return None
+    able = ", ".join(other for other in usable(device) if BACKENDS[other].with_lse is not None)
+    return (
+        f"{FIELD}='{name}' gives no softmax denominators, by which ring_degree={ring_degree} merges; use {able}, or "
+        "ulysses_degree in place of ring_degree."
+    )
+
+
+def _usable(device: str) -> str:
+    return ", ".join(usable(device))
+
+
+def _dtype(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _check(model: nn.Module, backend: Backend, device: str, dtype: torch.dtype | None) -> None:
+    """What can be told without a request: the device, the weights' dtype and the channels of a head."""
+    if device not in backend.devices:
+        kinds = " or ".join(backend.devices)
+        raise InvalidConfigError(
+            f"{FIELD}='{backend.name}' runs on {kinds}, not on {device}; here you can use {_usable(device)}."
+        )
     dtypes, step, largest = backend.limits(device)
-    name, dtype = type(model).__name__, next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    name = type(model).__name__
     if dtypes and dtype is not None and dtype not in dtypes:
         allowed = " or ".join(str(kind).removeprefix("torch.") for kind in dtypes)
         raise InvalidConfigError(

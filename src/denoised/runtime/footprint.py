@@ -17,6 +17,7 @@ from denoised.runtime.planning.facts import ModelFacts
 from denoised.runtime.planning.layout import of_config
 from denoised.runtime.planning.memory import memory
 from denoised.runtime.planning.reading import facts_of
+from denoised.runtime.planning.settings import with_settings
 from denoised.runtime.rescue import resident_weights
 from denoised.runtime.room import MB, Footprint
 
@@ -34,10 +35,14 @@ def measure(pipeline: Any, info: ModelInfo, config: EngineConfig) -> Footprint |
     limit = _limit(config)
     if limit is None:
         return None
+    facts = None
     try:
         facts = facts_of(pipeline, Ask(), model=info.model, dtype=info.dtype)
-        found = _footprint(facts, info, config, limit)
+        stored = with_settings(facts, pipeline, config, device=torch.device(info.device).type)
+        found = _footprint(stored, info, config, limit)
     except Exception as error:
+        if facts is not None and isinstance(error, InvalidConfigError):
+            raise  # not unpredictable but refused, as it would be a moment later
         if config.memory_limit_mb is None:
             _log.warning("memory is not predicted: %s", one_line(error))
             return None

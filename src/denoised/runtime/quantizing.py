@@ -11,6 +11,7 @@ from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError
 from denoised.features import quantize
 from denoised.runtime import offloading, weights
+from denoised.runtime.came_quantized import again_problem, cut_problem
 from denoised.spec.model_spec import ModelSpec
 
 DONE = "denoised_quantized"  # on a component
@@ -55,28 +56,17 @@ def _check_existing(
     came: quantize.Done, config: EngineConfig, wanted: dict[str, str], part: nn.Module, *, is_denoiser: bool
 ) -> None:
     """Weights that came quantized are taken as they are: whole, and once."""
-    name, parallel = came.component, config.parallel_config
+    name = came.component
     if name in wanted:
-        raise InvalidConfigError(
-            f"quantization: {name} of this model is quantized already ({came.method} in {came.layers} layers); leave "
-            f"{name} out."
-        )
+        raise InvalidConfigError(again_problem(name, f"{came.method} in {came.layers} layers"))
     if is_denoiser and offloading.is_asked(config) and next(part.parameters()).device.type == "cpu":
         raise InvalidConfigError(
             f"enable_cpu_offload and enable_layerwise_offload read weights from their files again on the CPU, and "
             f"those of {name} came quantized and stay mapped; leave them off."
         )
-    field = "tensor_parallel_size" if is_denoiser else "text_encoder_tp_size"
-    if getattr(parallel, field) > 1 and (is_denoiser or name.startswith("text_encoder")):
-        raise InvalidConfigError(
-            f"{field}={getattr(parallel, field)} would cut {name}, whose weights came quantized; leave it at 1, or "
-            "take the model unquantized and set quantization, which quantizes what is cut."
-        )
-    if parallel.use_hsdp and (is_denoiser or name.startswith("text_encoder")):
-        raise InvalidConfigError(
-            f"use_hsdp=True shards plain weights only, and those of {name} came quantized; leave it off, or raise "
-            "ulysses_degree or cfg_parallel_size."
-        )
+    problem = cut_problem(name, config.parallel_config, is_denoiser=is_denoiser)
+    if problem is not None:
+        raise InvalidConfigError(problem)
 
 
 def apply(pipe: Any, spec: ModelSpec, config: EngineConfig) -> None:

@@ -15,18 +15,21 @@ from typing import Any
 import torch
 
 from denoised.config import EngineConfig
-from denoised.errors import InvalidConfigError
+from denoised.errors import DenoisedError, InvalidConfigError
 from denoised.outputs import OmniRequestOutput
 from denoised.request import OmniDiffusionSamplingParams, Request
 from denoised.rules import validate
+from denoised.runtime import offloading
 from denoised.runtime.load import dtype_name
 from denoised.runtime.memory import in_use
 from denoised.runtime.planning.ask import Ask
 from denoised.runtime.planning.facts import ModelFacts
 from denoised.runtime.planning.hardware import USABLE
 from denoised.runtime.planning.layout import of_config, problem
-from denoised.runtime.planning.memory import Memory, fullest_stage, held, memory
-from denoised.runtime.planning.reading import ITEMSIZE, read
+from denoised.runtime.planning.memory import Memory, fullest_stage, held_bytes, memory
+from denoised.runtime.planning.reading import ITEMSIZE, facts_of
+from denoised.runtime.planning.settings import with_settings
+from denoised.runtime.planning.skeleton import skeleton
 
 MB = 2**20
 # Bytes of this process before any model.
@@ -34,8 +37,9 @@ _IMPORTED = {name: in_use(name) for name in ("VmSize", "VmData")}
 NUM_WAYS = 3
 # Side of the tiles of most VAEs, in pixels.
 TILE = 512
-# Bytes of a weight in the way of quantization that is advised, and in all but those of GGUF files.
-QUANTIZED, QUANTIZED_SIZE = "int8_weight_only", 1
+# The method of quantization that is advised: it runs everywhere, and changes pictures least.
+ADVISED = "int8_weight_only"
+ADVISED_ROLES = (("denoiser",), ("denoiser", "encoder"))
 # Degrees that are tried of tensor and pipeline parallelism.
 DEGREES = (2, 4, 8)
 
@@ -59,7 +63,7 @@ def with_advice(text: str, config: EngineConfig, params: OmniDiffusionSamplingPa
     """An error of memory, and the three settings that would fit. params: of the request; None: the engine starts."""
     sizes = (None, None, None) if params is None else (params.height, params.width, params.num_frames)
     try:
-        facts = _facts(str(config.model), _dtype(config), *sizes)
+        facts = as_stored(_facts(str(config.model), _dtype(config), *sizes), config)
         facts = facts if params is not None else dataclasses.replace(facts, num_rows=0, decode_bytes=0.0)
     except Exception:  # a model that is an object, or no memory to find out
         return f"{text.rstrip('.')}; use a smaller size, enable_layerwise_offload=True, or tensor_parallel_size=2."
@@ -75,11 +79,24 @@ def with_advice(text: str, config: EngineConfig, params: OmniDiffusionSamplingPa
 
 @functools.lru_cache(maxsize=16)
 def _facts(model: str, dtype: str, height: int | None, width: int | None, num_frames: int | None) -> ModelFacts:
-    return read(model, Ask(height=height, width=width, num_frames=num_frames), dtype=dtype)
+    ask = Ask(height=height, width=width, num_frames=num_frames)
+    return facts_of(_skeleton(model), ask, model=model, dtype=dtype)
+
+
+_skeleton = functools.lru_cache(maxsize=2)(skeleton)
+
+
+def as_stored(facts: ModelFacts, config: EngineConfig) -> ModelFacts:
+    """The facts of a model that has a name, with weights as these settings store them. Raises as a plan does."""
+    return with_settings(facts, _skeleton(facts.model), config, device=_device())
 
 
 def _dtype(config: EngineConfig) -> str:
-    return dtype_name(config, "cuda" if torch.cuda.is_available() else "cpu")
+    return dtype_name(config, _device())
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def ways(facts: ModelFacts, config: EngineConfig, limit: float) -> list[Way]:
@@ -102,14 +119,12 @@ def _one_each(found: list[Way]) -> list[Way]:
 def _changes(facts: ModelFacts, config: EngineConfig) -> Iterator[tuple[str, ModelFacts, EngineConfig]]:
     """Single changes to the settings that the engine would start with, from the one that costs least time on."""
     if facts.itemsize == ITEMSIZE["float32"]:
-        yield "dtype='bfloat16'", dataclasses.replace(facts, itemsize=2), config
+        yield "dtype='bfloat16'", _restored(dataclasses.replace(facts, itemsize=2, dtype="bfloat16"), config), config
     for setting in ("vae_use_tiling", "enable_cpu_offload", "enable_layerwise_offload"):
         changed = None if getattr(config, setting) else _changed(facts, config, **{setting: True})
         if changed is not None and (setting != "vae_use_tiling" or facts.vae_refusal is None):
             yield f"{setting}=True", facts, changed
-    changed = None if config.quantization else _changed(facts, config, quantization=QUANTIZED)
-    if changed is not None:
-        yield f"quantization={QUANTIZED!r}", facts, changed
+    yield from _quantized(facts, config)
     for setting in ("tensor_parallel_size", "pipeline_parallel_size"):
         for degree in (d for d in DEGREES if d > getattr(config.parallel_config, setting)):
             sizes: dict[str, Any] = {setting: degree}
@@ -118,6 +133,31 @@ def _changes(facts: ModelFacts, config: EngineConfig) -> Iterator[tuple[str, Mod
             if changed is not None and _is_there(parallel.world_size):
                 yield f"{setting}={degree}", facts, changed
     yield from ((change, smaller, config) for change, smaller in _smaller(facts))
+
+
+def _quantized(facts: ModelFacts, config: EngineConfig) -> Iterator[tuple[str, ModelFacts, EngineConfig]]:
+    """The denoisers in fewer bits; then the text encoders too."""
+    for roles in ADVISED_ROLES if config.quantization is None else ():
+        names = [part.name for part in facts.components if part.role in roles and not part.came]
+        setting: Any = ADVISED if roles == ("denoiser",) else dict.fromkeys(names, ADVISED)
+        changed = _changed(facts, config, quantization=setting) if names else None
+        stored = None if changed is None else _tried(facts, changed)
+        if changed is not None and stored is not None:
+            yield f"quantization={setting!r}", stored, changed
+
+
+def _tried(facts: ModelFacts, config: EngineConfig) -> ModelFacts | None:
+    """None: a component has no layers for it, or the model is an object."""
+    try:
+        return as_stored(facts, config)
+    except DenoisedError:
+        return None
+
+
+def _restored(facts: ModelFacts, config: EngineConfig) -> ModelFacts:
+    """Facts of which values became smaller: those that are quantized stay as large as they are."""
+    quantized = facts.methods or any(part.came for part in facts.components)
+    return as_stored(facts, config) if quantized else facts
 
 
 def _is_there(num_ranks: int) -> bool:
@@ -131,6 +171,8 @@ def _changed(facts: ModelFacts, config: EngineConfig, **settings: Any) -> Engine
         validate(changed)
     except InvalidConfigError:
         return None
+    if offloading.is_asked(changed) and facts.device == "cpu" and any(p.came for p in facts.components):
+        return None  # such weights are not read again
     return None if problem(of_config(changed.parallel_config), facts) else changed
 
 
@@ -163,20 +205,15 @@ def resident_weights(found: Memory, facts: ModelFacts, config: EngineConfig) -> 
 
 
 def _size(name: str, size: float, facts: ModelFacts, config: EngineConfig) -> float:
-    """Of one component; its blocks come one by one where they are offloaded, and are small where they are quantized.
-    Of what is no denoiser the blocks are not known."""
+    """Of one component; its blocks come one by one where they are offloaded. Of what is no denoiser they are not
+    known."""
     denoiser = next((d for d in facts.denoisers if d.name == name), None)
-    if denoiser is None or not denoiser.blocks:
+    if denoiser is None or not denoiser.blocks or not config.enable_layerwise_offload:
         return size
     layout = of_config(config.parallel_config)
-    blocks = fullest_stage(denoiser, layout)
-    rest = size - blocks * facts.itemsize
-    if config.enable_layerwise_offload:
-        largest = max(held(block, layout) for block in denoiser.blocks)
-        blocks = min((config.layerwise_num_gpu_layers + 1) * largest, blocks)
-        rest = held(denoiser.rest, layout) * facts.itemsize
-    is_small = {"", name} & set(config.quantized)
-    return rest + blocks * (QUANTIZED_SIZE if is_small else facts.itemsize)
+    largest = max(held_bytes(block, layout, facts.itemsize) for block in denoiser.blocks)
+    there = min((config.layerwise_num_gpu_layers + 1) * largest, fullest_stage(denoiser, layout, facts.itemsize))
+    return held_bytes(denoiser.rest, layout, facts.itemsize) + there
 
 
 def _limit(config: EngineConfig) -> float:

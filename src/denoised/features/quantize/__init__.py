@@ -9,7 +9,22 @@ from __future__ import annotations
 
 from denoised.features.quantize import blocks
 from denoised.features.quantize.apply import Done, Later, apply, check, existing
-from denoised.features.quantize.methods import GGUF
+from denoised.features.quantize.methods import GGUF, check_dtype
 from denoised.features.quantize.packed import Packed
+from denoised.features.quantize.sizes import Size, existing_sizes, sizes, sizes_of_library
 
-__all__ = ["GGUF", "Done", "Later", "Packed", "apply", "blocks", "check", "existing"]
+__all__ = [
+    "GGUF",
+    "Done",
+    "Later",
+    "Packed",
+    "Size",
+    "apply",
+    "blocks",
+    "check",
+    "check_dtype",
+    "existing",
+    "existing_sizes",
+    "sizes",
+    "sizes_of_library",
+]

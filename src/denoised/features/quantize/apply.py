@@ -48,7 +48,7 @@ def apply(model: nn.Module, name: str, *, component: str, patterns: tuple[str, .
     found = [layer for _, layer in layers(model, patterns, everywhere=chosen.everywhere)]
     sizes = [size for layer in found if (size := _quantize(layer, chosen, later)) is not None]
     if not sizes:
-        raise InvalidConfigError(_nothing(name, component, model, len(found)))
+        raise InvalidConfigError(nothing(name, component, model, len(found)))
     before, after = (sum(column) for column in zip(*sizes, strict=True))
     return Done(component=component, method=name, layers=len(sizes), bytes_before=before, bytes_after=after)
 
@@ -63,7 +63,8 @@ def _quantize(layer: nn.Module, chosen: Method, later: Later) -> tuple[int, int]
     return weight.numel() * weight.element_size(), found[1]
 
 
-def _nothing(name: str, component: str, model: nn.Module, num: int) -> str:
+def nothing(name: str, component: str, model: nn.Module, num: int) -> str:
+    """Why a method cannot act on a component that has so many linear layers."""
     what = f"has {num} layers, none of which it can take" if num else "has no linear layers in blocks"
     return f"quantization={name!r}: {component} ({type(model).__name__}) {what}; leave {component} out."
 

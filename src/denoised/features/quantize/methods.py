@@ -111,6 +111,17 @@ def _to_fp8(matrix: Tensor) -> Tensor:
     return found
 
 
+def check_dtype(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Whether the method takes such weights on such a device, which need not be here. Raises InvalidConfigError."""
+    allowed = method(name, device).dtypes
+    if allowed and dtype not in allowed:
+        names = " or ".join(_short(one) for one in allowed)
+        raise InvalidConfigError(
+            f"quantization={name!r} takes weights in {names} on this device, and these are {_short(dtype)}; "
+            f"use dtype={_short(allowed[0])!r}, or quantization='int8'."
+        )
+
+
 @functools.cache
 def check_runs(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Try the very product that layers will ask for, on this device.
@@ -118,15 +129,10 @@ def check_runs(name: str, device: torch.device, dtype: torch.dtype) -> None:
     Raises:
         InvalidConfigError: it does not run here, with torch's reason and what would.
     """
+    check_dtype(name, device, dtype)
     found = method(name, device)
     if found.quantize is None:
         return
-    if found.dtypes and dtype not in found.dtypes:
-        names = " or ".join(_short(allowed) for allowed in found.dtypes)
-        raise InvalidConfigError(
-            f"quantization={name!r} takes weights in {names} on this device, and these are {_short(dtype)}; "
-            f"use dtype={_short(found.dtypes[0])!r}, or quantization='int8'."
-        )
     problem = _problem(found, device, dtype)
     if problem is not None:
         ways = [other for other in _METHODS if other in ("int8", "int8_weight_only") and other != name]

@@ -53,6 +53,11 @@ class Packed(Tensor):
         """What of it a compiled graph depends on."""
         return repr(self)
 
+    @property
+    def columns(self) -> int:
+        """In pieces of so many columns it can be cut."""
+        return block(self.kind)[0]
+
     def like(self, blocks: Tensor) -> Packed:
         return Packed(blocks, self.kind, self.dtype)
 

@@ -14,9 +14,9 @@ from denoised.features.tensor import forwards, shards
 from denoised.features.tensor.degrees import allowed, listed, obstacle
 from denoised.features.tensor.plan import SMALLEST_SHARE, UnknownLayerError, read, share
 from denoised.spec.model_spec import ModelSpec
-from denoised.spec.tensor import Plan
+from denoised.spec.tensor import Layer, Plan
 
-__all__ = ["allowed_degrees", "apply", "apply_encoder"]
+__all__ = ["allowed_degrees", "apply", "apply_encoder", "cuts"]
 
 
 def apply(model: nn.Module, spec: ModelSpec, group: dist.ProcessGroup) -> None:
@@ -43,6 +43,14 @@ def allowed_degrees(model: nn.Module, spec: ModelSpec | None = None) -> tuple[in
     except UnknownLayerError:
         return (1,)
     return allowed(plan) if share(model, plan) >= SMALLEST_SHARE else (1,)
+
+
+def cuts(model: nn.Module) -> dict[str, Layer]:
+    """What `apply` cuts of a pristine model, by path; nothing of one that cannot be divided."""
+    try:
+        return {layer.path: layer for layer in read(model).layers}
+    except UnknownLayerError:
+        return {}
 
 
 def _plan(model: nn.Module, field: str, title: str, degree: int) -> Plan:

@@ -48,8 +48,9 @@ def plan(model: ModelFacts, hardware: Hardware, num_ranks: int) -> Plan:
     """All layouts of this many ranks, best first.
 
     Raises:
-        InvalidConfigError: none keeps all ranks busy, or none fits.
+        InvalidConfigError: none keeps all ranks busy, none fits, or the device lacks a method of quantization.
     """
+    _check_methods(model, hardware)
     options = _options(model, hardware, num_ranks)
     if all(option.idle for option in options):
         raise InvalidConfigError(_no_layout(model, num_ranks))
@@ -62,8 +63,9 @@ def plan_one(model: ModelFacts, hardware: Hardware, layout: Layout) -> Plan:
     """One layout alone.
 
     Raises:
-        InvalidConfigError: the model does not admit it, or it does not fit.
+        InvalidConfigError: the model does not admit it, it does not fit, or the device lacks a method of quantization.
     """
+    _check_methods(model, hardware)
     found = problem(layout, model)
     if found is not None:
         raise InvalidConfigError(found)
@@ -71,6 +73,14 @@ def plan_one(model: ModelFacts, hardware: Hardware, layout: Layout) -> Plan:
     if not option.prediction.fits:
         raise InvalidConfigError(_too_large(option.prediction, model, hardware))
     return Plan(model=model, hardware=hardware, options=(option,), why=_why((option,), model, hardware))
+
+
+def _check_methods(model: ModelFacts, hardware: Hardware) -> None:
+    if not hardware.fp8 and "fp8" in dict(model.methods).values():
+        raise InvalidConfigError(
+            f"quantization='fp8' does not run on {hardware.name}, which does not multiply float8 by rows; use "
+            "'int8' or 'int8_weight_only'."
+        )
 
 
 def _option(layout: Layout, model: ModelFacts, hardware: Hardware) -> Option:

@@ -14,7 +14,7 @@ Role = Literal["denoiser", "encoder", "vae", "other"]
 @dataclass(frozen=True, kw_only=True)
 class Component:
     """One part of the pipeline. degrees: ranks that can share its matrices, of a text encoder. hsdp: why its weights
-    cannot be sharded."""
+    cannot be sharded. saved: bytes that quantization takes off. came: whether its weights come quantized."""
 
     name: str
     class_name: str
@@ -22,6 +22,8 @@ class Component:
     num_params: int
     degrees: tuple[int, ...] = ()
     hsdp: str | None = None
+    saved: float = 0.0
+    came: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,8 @@ class Work:
     cut_experts, whole_experts: of divisible_params and whole_params, those of experts. expert_reduced, expert_reduces:
         likewise of reduced and num_reduces. mixed: values that mixtures of experts give; num_mixtures: how many there
         are. routed: values that go to experts.
+    cut_saved, whole_saved, expert_saved: bytes that quantization takes off divisible_params, off whole_params (below
+        zero where scales are copied), and off cut_experts, which is a part of the first.
     widest: the most values of a token inside a layer.
     """
 
@@ -72,6 +76,9 @@ class Work:
     mixed: float = 0
     num_mixtures: int = 0
     routed: float = 0
+    cut_saved: float = 0
+    whole_saved: float = 0
+    expert_saved: float = 0
     widest: int = 0
 
     @property
@@ -139,9 +146,12 @@ class Denoiser:
 class ModelFacts:
     """A model and a request for it.
 
-    itemsize: bytes of a weight. num_rows: guidance branches x requests in flight. latent_values: of one prediction.
+    itemsize, dtype: of a weight, in bytes and by name. num_rows: guidance branches x requests in flight.
+    latent_values: of one prediction.
     decode_flops, decode_bytes: of the VAE on one output; None where it could not be traced.
     vae_refusal: why tiles of the VAE cannot be dealt; None: they can.
+    device: kind of device, cpu or cuda. methods: component to method of quantization.
+    kernels: names of attention kernels that are asked for.
     """
 
     model: str
@@ -158,11 +168,16 @@ class ModelFacts:
     decode_flops: float | None
     decode_bytes: float | None
     vae_refusal: str | None
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    methods: tuple[tuple[str, str], ...] = ()
+    kernels: tuple[str, ...] = ()
 
     @property
     def flops_per_row(self) -> float:
         """Of one denoiser call with one row; experts take turns, so that one is enough."""
         return self.denoisers[0].work.flops
 
-    def bytes_of(self, name: str) -> int:
-        return next(part.num_params for part in self.components if part.name == name) * self.itemsize
+    def bytes_of(self, name: str) -> float:
+        part = next(part for part in self.components if part.name == name)
+        return part.num_params * self.itemsize - part.saved

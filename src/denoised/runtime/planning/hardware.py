@@ -27,6 +27,7 @@ class Hardware:
     cores: ranks share one device, its memory and so many cores, as processes on a CPU do; 0: each has its own device.
     threads: cores that one rank uses; None: its share of them.
     overlaps: exchanges go on beside computation, and do not take its time.
+    fp8: it multiplies float8 with a scale a row, as torch does it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Hardware:
     cores: int = 0
     threads: int | None = None
     overlaps: bool = True
+    fp8: bool = True
 
     def flops(self, itemsize: int, num_ranks: int) -> float:
         """Peak of one rank, for values of this many bytes."""
@@ -92,6 +94,7 @@ HARDWARE: dict[str, Hardware] = {
         memory_bandwidth=2.039e12,
         link=300e9,
         network=25e9,
+        fp8=False,
     ),
     # NVIDIA L40S data sheet: 362 TFLOP/s bf16 (733 with sparsity), 91.6 fp32, 48 GB, 864 GB/s, PCIe 4.0 x16 64 GB/s
     # both ways. Error correction takes 3 GB of the memory.
@@ -118,6 +121,7 @@ HARDWARE: dict[str, Hardware] = {
         latency=50e-6,
     ),
     # AMD Instinct MI300X data sheet: 1307 TFLOP/s bf16, 163.4 fp32, 192 GB, 5.3 TB/s; 7 links of 128 GB/s both ways.
+    # Its float8 is of another kind (e4m3fnuz).
     "mi300x": Hardware(
         name="MI300X",
         half_flops=1307e12,
@@ -127,6 +131,7 @@ HARDWARE: dict[str, Hardware] = {
         link=448e9,
         latency=20e-6,
         efficiency=0.35,
+        fp8=False,
     ),
     # Two cores of a virtual machine, measured by `measuring.py` (docs/plan.md): what one core computes, twice, and
     # what two processes exchange with gloo.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidConfigError
 from denoised.rules import validate
+from denoised.runtime.came_quantized import cut_problem
 from denoised.runtime.planning.facts import Component, Denoiser, ModelFacts
 
 # Axis of the mesh to the field of the configuration, outermost first.
@@ -164,7 +165,13 @@ def problem(layout: Layout, model: ModelFacts) -> str | None:
     if layout.num_ranks == 1 and layout == Layout():
         return None
     problems = (_problem_of(layout, denoiser) for denoiser in model.denoisers)
-    return _refused_by_table(layout) or next(filter(None, problems), None) or _other_problem(layout, model)
+    return (
+        _refused_by_table(layout, model)
+        or _came_problem(layout, model)
+        or next(filter(None, problems), None)
+        or _kernel_problem(layout, model)
+        or _other_problem(layout, model)
+    )
 
 
 def idle(layout: Layout, model: ModelFacts) -> bool:
@@ -172,12 +179,28 @@ def idle(layout: Layout, model: ModelFacts) -> bool:
     return layout.cfg > model.num_rows
 
 
-def _refused_by_table(layout: Layout) -> str | None:
+def _refused_by_table(layout: Layout, model: ModelFacts) -> str | None:
     try:
-        validate(EngineConfig(parallel_config=layout.config()))
+        validate(EngineConfig(parallel_config=layout.config(), quantization=dict(model.methods) or None))
     except InvalidConfigError as error:
         return str(error)
     return None
+
+
+def _came_problem(layout: Layout, model: ModelFacts) -> str | None:
+    """Of weights that come quantized."""
+    came, parallel = [part for part in model.components if part.came], layout.config()
+    problems = (cut_problem(part.name, parallel, is_denoiser=part.role == "denoiser") for part in came)
+    return next(filter(None, problems), None)
+
+
+def _kernel_problem(layout: Layout, model: ModelFacts) -> str | None:
+    if layout.ring == 1 or not model.kernels:
+        return None
+    from denoised.features.attention_backend import ring_problem  # imports torch: not before it is needed
+
+    problems = (ring_problem(name, model.device, layout.ring) for name in model.kernels)
+    return next(filter(None, problems), None)
 
 
 def _problem_of(layout: Layout, denoiser: Denoiser) -> str | None:

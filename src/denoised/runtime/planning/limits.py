@@ -86,7 +86,7 @@ def without_values(module: nn.Module) -> nn.Module:
 
 
 def _without_value(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # in its likeness it would be read
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 

@@ -68,6 +68,7 @@ def hardware_of(found: dict[str, float], num_ranks: int) -> Hardware:
         per_node=num_ranks,
         cores=num_ranks if cpu else 0,
         threads=1 if cpu else None,
+        fp8=cpu or torch.cuda.get_device_capability() >= (8, 9),
     )
 
 

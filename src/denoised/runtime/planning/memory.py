@@ -29,20 +29,34 @@ class Memory:
 def memory(layout: Layout, model: ModelFacts) -> Memory:
     """What the fullest rank needs."""
     denoisers = {denoiser.name: denoiser for denoiser in model.denoisers}
-    weights = {part.name: _weights(part, denoisers.get(part.name), layout) for part in model.components}
-    sized = {name: params * model.itemsize for name, params in weights.items()}
-    return Memory(weights=sized, working=max(_denoising(layout, model), _decoding(layout, model)))
+    weights = {part.name: _weights(part, denoisers.get(part.name), layout, model) for part in model.components}
+    return Memory(weights=weights, working=max(_denoising(layout, model), _decoding(layout, model)))
 
 
-def _weights(part: Component, denoiser: Denoiser | None, layout: Layout) -> float:
+def _weights(part: Component, denoiser: Denoiser | None, layout: Layout, model: ModelFacts) -> float:
     sharded = layout.shards if part.role in ("denoiser", "encoder") else 1
     if denoiser is not None:
-        return (held(denoiser.rest, layout) + fullest_stage(denoiser, layout)) / sharded
-    return part.num_params / (layout.text_encoder_tp if part.role == "encoder" else 1) / sharded
+        fullest = fullest_stage(denoiser, layout, model.itemsize)
+        return (held_bytes(denoiser.rest, layout, model.itemsize) + fullest) / sharded
+    whole = part.num_params * model.itemsize - part.saved
+    return whole / (layout.text_encoder_tp if part.role == "encoder" else 1) / sharded
+
+
+def held_bytes(work: Work, layout: Layout, itemsize: int) -> float:
+    """Of the weights of some layers on one rank, before HSDP."""
+    return held(work, layout) * itemsize - _saved(work, layout)
+
+
+def _saved(work: Work, layout: Layout) -> float:
+    """Of them, what quantization takes off. Experts that are dealt are dealt as they are stored."""
+    if not layout.experts:
+        return work.cut_saved / layout.tensor + work.whole_saved
+    dealt = work.expert_saved / (layout.tensor * layout.sequence)
+    return (work.cut_saved - work.expert_saved) / layout.tensor + work.whole_saved + dealt
 
 
 def held(work: Work, layout: Layout) -> float:
-    """Weights of some layers on one rank, before HSDP."""
+    """Values of the weights of some layers on one rank, before HSDP."""
     if not layout.experts:
         return work.divisible_params / layout.tensor + work.whole_params
     dealt = (work.cut_experts + work.whole_experts) / (layout.tensor * layout.sequence)
@@ -62,9 +76,10 @@ def stages(denoiser: Denoiser, num_stages: int) -> list[tuple[Work, ...]]:
     return [tuple(stage) for stage in cut]
 
 
-def fullest_stage(denoiser: Denoiser, layout: Layout) -> float:
-    """Weights of the stage that holds most."""
-    return max(sum(held(block, layout) for block in stage) for stage in stages(denoiser, layout.pipeline))
+def fullest_stage(denoiser: Denoiser, layout: Layout, itemsize: int) -> float:
+    """Bytes of the stage whose weights are most."""
+    cut = stages(denoiser, layout.pipeline)
+    return max(sum(held_bytes(block, layout, itemsize) for block in stage) for stage in cut)
 
 
 def rows_of_a_rank(layout: Layout, model: ModelFacts) -> int:
@@ -89,8 +104,8 @@ def _row(layout: Layout, model: ModelFacts, denoiser: Denoiser) -> float:
 def _gathered(layout: Layout, model: ModelFacts, denoiser: Denoiser) -> float:
     if not layout.hsdp:
         return 0.0
-    largest = max((held(block, layout) for block in denoiser.blocks), default=0.0)
-    return GATHERED_BLOCKS * largest * model.itemsize
+    largest = max((held_bytes(block, layout, model.itemsize) for block in denoiser.blocks), default=0.0)
+    return GATHERED_BLOCKS * largest
 
 
 def _decoding(layout: Layout, model: ModelFacts) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from denoised.runtime.planning.facts import Denoiser, ModelFacts, Work
 from denoised.runtime.planning.hardware import Hardware
 from denoised.runtime.planning.layout import Layout
-from denoised.runtime.planning.memory import Memory, held, memory, rows_of_a_rank, stages
+from denoised.runtime.planning.memory import Memory, fullest_stage, held_bytes, memory, rows_of_a_rank, stages
 
 # Every tensor rank sends and receives all but its own part of a sum twice: reduce-scatter, then all-gather.
 ALL_REDUCE_TRIPS = 2
@@ -129,8 +129,8 @@ def _speed(layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
 
 def _weights_seconds(denoiser: Denoiser, layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
     """However few the tokens, a forward reads all weights of its rank once."""
-    own = max(sum(held(block, layout) for block in stage) for stage in stages(denoiser, layout.pipeline))
-    return (own + held(denoiser.rest, layout)) * model.itemsize / hardware.memory_bandwidth
+    own = fullest_stage(denoiser, layout, model.itemsize)
+    return (own + held_bytes(denoiser.rest, layout, model.itemsize)) / hardware.memory_bandwidth
 
 
 def _decode_seconds(layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
@@ -268,5 +268,5 @@ class _Own:
 
     def _gathered_weights(self) -> float:
         """Bytes of the blocks' weights, whole, in all forwards of a step."""
-        params = held(self.work, self.layout) / self.layout.pipeline + held(self.rest, self.layout)
-        return params * self.model.itemsize * self._forwards
+        blocks, rest = (held_bytes(work, self.layout, self.model.itemsize) for work in (self.work, self.rest))
+        return (blocks / self.layout.pipeline + rest) * self._forwards

@@ -17,6 +17,7 @@ from denoised.runtime.model_info import ModelInfo, check, describe
 from denoised.runtime.planning import limits, trace, work
 from denoised.runtime.planning.ask import Ask
 from denoised.runtime.planning.facts import Component, Denoiser, ModelFacts, Role, Tokens
+from denoised.runtime.planning.settings import with_settings
 from denoised.runtime.planning.skeleton import skeleton
 from denoised.spec.model_spec import ModelSpec
 from denoised.spec.registry import resolve
@@ -30,14 +31,23 @@ SIZES = {"image": ("width", "height"), "video": ("width", "height", "num_frames"
 _GUIDANCE = ("true_cfg_scale", "guidance_scale")
 
 
-def read(model: str, ask: Ask, *, dtype: str = "bfloat16") -> ModelFacts:
+def read(
+    model: str, ask: Ask, *, dtype: str = "bfloat16", config: EngineConfig | None = None, device: str = "cpu"
+) -> ModelFacts:
     """The facts of a model for these requests. No weights are read.
+
+    Args:
+        config: of it, quantization and attention_backend count.
+        device: kind of device to plan for, cpu or cuda, which need not be here.
 
     Raises:
         ModelError: no such model, or it cannot be built.
         InvalidRequestError: it does not take such a request.
+        InvalidConfigError: it does not take these settings.
     """
-    return facts_of(skeleton(model), ask, model=model, dtype=dtype)
+    pipeline = skeleton(model)
+    facts = facts_of(pipeline, ask, model=model, dtype=dtype)
+    return with_settings(facts, pipeline, dataclasses.replace(config or EngineConfig(), model=model), device=device)
 
 
 def facts_of(pipeline: Any, ask: Ask, *, model: str, dtype: str = "bfloat16") -> ModelFacts:
@@ -59,6 +69,7 @@ def facts_of(pipeline: Any, ask: Ask, *, model: str, dtype: str = "bfloat16") ->
         pipeline=info.pipeline,
         kind=info.kind,
         itemsize=itemsize,
+        dtype=dtype,
         components=tuple(_components(pipeline, spec)),
         denoisers=denoisers,
         tokens=tokens,

@@ -14,6 +14,8 @@ from denoised.errors import DenoisedError, ModelError, one_line
 from denoised.runtime.load import BUILTIN
 
 STATEFUL = ("scheduler_config.json", "guider_config.json")  # what needs no weights
+# On a component without weights: what its configuration says of weights that come quantized.
+CAME = "denoised_quantization_config"
 CONFIGS = ("model_index.json", "*/config.json", *(f"*/{name}" for name in STATEFUL))
 
 
@@ -35,7 +37,7 @@ def skeleton(model: str) -> Any:
     Raises:
         ModelError: no such model, or a configuration that its classes do not take.
     """
-    folder = _folder(model)
+    folder = folder_of(model)
     index = _json(folder / "model_index.json")
     pipeline_class = _class("diffusers", index.get("_class_name"), folder)
     listed = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
@@ -60,7 +62,7 @@ def _assembled(pipeline_class: Any, parts: dict[str, Any]) -> Any:
         raise ModelError(f"{pipeline_class.__name__} cannot be built: {one_line(error)}") from error
 
 
-def _folder(model: str) -> Path:
+def folder_of(model: str) -> Path:
     """Where the configuration files are; those of a hub id are fetched, and no weights."""
     path = BUILTIN.get(model, Path(model).expanduser())
     if not path.is_dir() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
@@ -103,10 +105,13 @@ def _built(folder: Path, cls: Any) -> Any:
         return None
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder.parent} lacks {folder.name}/config.json, the component that its index names.")
+    config = _json(folder / "config.json")
     with torch.device("meta"):
-        if hasattr(cls, "from_config"):
-            return cls.from_config(_json(folder / "config.json"))
-        return cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+        own = hasattr(cls, "from_config")
+        made = cls.from_config(config) if own else cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+    if config.get("quantization_config"):
+        vars(made)[CAME] = config["quantization_config"]
+    return made
 
 
 def _class(library: str, name: Any, folder: Path) -> Any:

@@ -182,7 +182,7 @@ def _layer(path: str, layer: Any, block: Any, length: int, once: int) -> Work:
         reduced=length * layer.out_features * _share(path, block) if sums else 0,
         num_reduces=int(sums),
     )
-    return work if _mixture_of(path) is None else _of_expert(work)
+    return work if mixture_of(path) is None else _of_expert(work)
 
 
 def _of_expert(work: Work) -> Work:
@@ -207,14 +207,14 @@ _MODULATIONS = tuple(f".{name}" for name in MODULATIONS)
 
 def _share(path: str, block: Any) -> float:
     """Which part of a block's experts a token visits; 1 for layers that are no expert's."""
-    found = _mixture_of(path)
+    found = mixture_of(path)
     if found is None:
         return 1.0
     mixture = block.get_submodule(found)
     return _visits(mixture) / len(mixture.experts)
 
 
-def _mixture_of(path: str) -> str | None:
+def mixture_of(path: str) -> str | None:
     """The path of the mixture that a layer is an expert's of."""
     found = re.match(rf"(?:(.*)\.)?{EXPERTS}\.\d+\.", path)
     return None if found is None else found[1] or ""
