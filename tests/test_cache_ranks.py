@@ -100,7 +100,7 @@ class Requests:
             source=Source(lambda: None),
             state=self.states.setdefault(name, {}),
             step=step,
-            num_steps=len(PROGRAM),
+            num_steps=3 * len(PROGRAM),
         )
         return Piece(call=call, rows=tuple(range(len(noise))), batch=len(noise))
 
@@ -148,7 +148,7 @@ def follow(rank: int, _: int, backend: str, settings: dict[str, Any]) -> dict[st
             differences += [float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)]
             moods += [decided(piece) for piece in pieces]
     return {
-        "difference": max(differences),
+        "differences": differences,
         "moods": moods,
         "gathers": counts["hsdp_all_gather"],
         "agreed": counts["cache_agreed"],
@@ -165,7 +165,7 @@ def decided(piece: Piece) -> str:
 
 def test_whatever_each_rank_has_to_do() -> None:
     first, second = run_on_ranks(follow, 2, "cache_dit", SETTINGS)
-    assert max(first["difference"], second["difference"]) < 1e-6
+    assert all(difference < 1e-6 for difference in first["differences"] + second["differences"])
     assert first["moods"][:7] == ["11", "00", "00", "01", "10", "01", "01"]
     assert second["moods"][:7] == ["1", "1", "0", "0", "1", "11", "10"]
     assert first["gathers"] == second["gathers"]
@@ -180,7 +180,7 @@ def test_whatever_each_rank_has_to_do() -> None:
 )
 def test_first_and_last_blocks_and_looks_are_gathered_by_all(backend: str, settings: dict[str, Any]) -> None:
     first, second = run_on_ranks(follow, 2, backend, settings)
-    assert max(first["difference"], second["difference"]) < 1e-6
+    assert all(difference < 1e-6 for difference in first["differences"] + second["differences"])
     assert first["gathers"] == second["gathers"]
     assert "0" in "".join(first["moods"])
     assert first["attended"] > 0
@@ -190,7 +190,8 @@ def test_first_and_last_blocks_and_looks_are_gathered_by_all(backend: str, setti
 
 
 def pass_through(rank: int, size: int, backend: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Both ranks of the program are forwards in flight here, on all stages."""
+    """What each rank of the program runs is in flight here, on all stages; again and again, for the first forward of
+    each kind is watched by all."""
     torch.manual_seed(0)
     plain = Toy().eval().requires_grad_(False)
     cut = copy.deepcopy(plain)
@@ -200,7 +201,7 @@ def pass_through(rank: int, size: int, backend: str, settings: dict[str, Any]) -
     alone, together = Requests(model=plain), Requests(model=cut)
     differences, moods = list[float](), list[tuple[list[str], list[str]]]()
     with torch.no_grad(), counted() as counts:
-        for step, parts in enumerate(PROGRAM):
+        for step, parts in enumerate(3 * PROGRAM):
             flown = [[together.piece(name, step, noise) for name, noise in part.items()] for part in parts if part]
             found = stages.run_many([functools.partial(rows.run, pieces, RULES) for pieces in flown])
             given = [(name, noise) for part in parts for name, noise in part.items()]
@@ -217,7 +218,7 @@ def pass_through(rank: int, size: int, backend: str, settings: dict[str, Any]) -
         for expansion in row.kept.values()
     ]
     return {
-        "difference": max(differences),
+        "differences": differences,
         "moods": moods,
         "counts": dict(counts),
         "kept": sum(kept),
@@ -227,8 +228,8 @@ def pass_through(rank: int, size: int, backend: str, settings: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("size", "backend", "settings"),
     [
-        (2, "cache_dit", SETTINGS),
-        (3, "cache_dit", SETTINGS | {"Fn_compute_blocks": 2, "Bn_compute_blocks": 2, "enable_taylorseer": True}),
+        (2, "cache_dit", SETTINGS | {"Fn_compute_blocks": 2, "Bn_compute_blocks": 2, "enable_taylorseer": True}),
+        (3, "cache_dit", SETTINGS),
         (2, "tea_cache", TEA),
         (2, "mag_cache", {"threshold": 0.5, "mag_ratios": [0.9] * 10}),
     ],
@@ -236,7 +237,7 @@ def pass_through(rank: int, size: int, backend: str, settings: dict[str, Any]) -
 def test_stages_decide_as_one_rank_does(size: int, backend: str, settings: dict[str, Any]) -> None:
     found = run_on_ranks(pass_through, size, backend, settings)
     for of_stage in found:
-        assert of_stage["difference"] < 1e-6
+        assert all(difference < 1e-6 for difference in of_stage["differences"])
         assert all(alone == together for alone, together in of_stage["moods"])
         assert of_stage["moods"] == found[0]["moods"]
     skipped = sum(row == "0" for alone, _ in found[0]["moods"] for moods in alone for row in moods)
