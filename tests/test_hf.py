@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import logging
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,21 @@ def test_methods_that_hf_calls_exist() -> None:
     for library in (diffusers, transformers):
         assert callable(library.utils.logging.set_verbosity_error)
         assert callable(library.utils.logging.disable_progress_bar)
+
+
+def test_expected_messages_alone_are_kept_back(caplog: pytest.LogCaptureFixture) -> None:
+    """Of what torchao says when it is imported, and of nothing else that is said in these places."""
+    said = {
+        "torchao": "Failed to load /lib/_C.so: no GPU",
+        "torch.utils._pytree": "<enum 'KernelPreference'> is an Enum subclass and is now natively supported",
+        "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects. This may",
+    }
+    for name, text in said.items():
+        logger = logging.getLogger(name)
+        before, logger.propagate = logger.propagate, True
+        logger.warning(text)
+        logger.warning("something else of %s", name)
+        logger.propagate = before
+    found = [record.getMessage() for record in caplog.records]
+    assert not set(said.values()) & set(found)
+    assert "something else of torchao" in found
