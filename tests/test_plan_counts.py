@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 
-from denoised.runtime.plan import Ask, Denoiser, ModelFacts, read
+from denoised.runtime.plan import Ask, Denoiser, ModelFacts, facts_of, read
 from denoised.runtime.planning import work
 from denoised.runtime.planning.skeleton import skeleton
 from denoised.spec.registry import resolve
@@ -69,3 +71,15 @@ def test_operations_and_tokens_are_those_of_a_forward_that_ran(name: str, root: 
         assert abs(found.work.flops / real.flops - 1) < error
     if name not in FROM_FORWARD and found.heads:  # a UNet's levels differ in length
         assert model.tokens.image == real.image
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "sdxl"])
+def test_a_model_that_is_loaded_has_the_facts_of_its_configs(name: str, root: Path) -> None:
+    """Admission asks a pipeline with its weights; in bfloat16, to see that no product of its own is made."""
+    folder, ask = str(checkpoint(name, root)), Ask(height=64, width=64, text_tokens=8)
+    loaded = DiffusionPipeline.from_pretrained(folder).to(torch.bfloat16)
+    real = facts_of(loaded, ask, model=folder, dtype="bfloat16")
+    paper = facts_of(skeleton(folder), ask, model=folder, dtype="bfloat16")
+    assert real.denoisers == paper.denoisers
+    assert real.decode_bytes == paper.decode_bytes
+    assert real.decode_bytes

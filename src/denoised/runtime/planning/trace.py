@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from denoised.runtime.model_info import ModelInfo
 from denoised.runtime.planning.facts import Denoiser, Tokens, Work
-from denoised.runtime.planning.limits import limits
+from denoised.runtime.planning.limits import limits, without_values
 from denoised.runtime.planning.work import ROWWISE
 from denoised.spec.blocks import stacks
 from denoised.spec.model_spec import ModelSpec
@@ -104,11 +104,17 @@ def decode(pipeline: Any, latent: tuple[int, ...], itemsize: int) -> Traced | No
     vae = getattr(pipeline, "vae", None)
     if vae is None or not hasattr(vae, "decode"):
         return None
+    vae = _on_paper(vae)
     frames = (1,) if len(latent) == 3 and any(isinstance(m, nn.Conv3d) for m in vae.modules()) else ()
     shape = (1, latent[0], *frames, *latent[1:])
     with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
         return _traced(vae, itemsize, lambda: vae.decode(torch.empty(shape, device="meta")))
     return None
+
+
+def _on_paper(model: Any) -> Any:
+    """The model, or what of a loaded one can run without its weights, in the one dtype that inputs have here."""
+    return model if all(parameter.is_meta for parameter in model.parameters()) else without_values(model).float()
 
 
 def _traced(module: Any, itemsize: int, run: Any) -> Traced:
@@ -141,6 +147,7 @@ def is_unet(model: Any) -> bool:
 
 def unet(name: str, model: Any, tokens: Tokens, latent: tuple[int, ...], spec: ModelSpec) -> Denoiser:
     """A UNet's facts: one row of it, run on the meta device, and what each of its layers did."""
+    model = _on_paper(model)
     seen = _seen(model, lambda: model(**_unet_inputs(model, tokens, latent)))
     blocks = tuple(_unet_block(block, seen) for stack in stacks(model, spec.stacks) for block in stack.blocks)
     params = sum(parameter.numel() for parameter in model.parameters())
