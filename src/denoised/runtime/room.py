@@ -56,16 +56,22 @@ class Footprint:
 
     def need(self, shape: Shape) -> Need:
         """Of a request of so many tokens, branches and outputs."""
+        working = max(fixed + each * shape.tokens for fixed, each in self._works(shape))
+        return Need(resident=self._kept(shape) * shape.tokens, working=working)
+
+    def _works(self, shape: Shape) -> tuple[tuple[float, float], ...]:
+        """Denoising and decoding: what each takes whatever the size, and for a token."""
         rows = -(-shape.branches * shape.outputs // self.num_ranks)
-        denoising = rows * (self.row + self.row_per_token * shape.tokens)
-        decoding = shape.outputs * self.decode_per_token * shape.tokens
-        resident = KEPT_LATENTS * shape.outputs * self.latent_per_token * shape.tokens
-        return Need(resident=resident, working=max(denoising, decoding))
+        return (rows * self.row, rows * self.row_per_token), (0.0, shape.outputs * self.decode_per_token)
+
+    def _kept(self, shape: Shape) -> float:
+        return KEPT_LATENTS * shape.outputs * self.latent_per_token
 
     def most_tokens(self, shape: Shape) -> int:
         """Of the largest request with as many branches and outputs that fits alone."""
-        none, one = (self.need(Shape(tokens=n, branches=shape.branches, outputs=shape.outputs)) for n in (0, 1))
-        return max(0, int((self.room - none.total) / max(one.total - none.total, 1e-9)))
+        kept = self._kept(shape)
+        fits = [(self.room - fixed) / max(kept + each, 1e-9) for fixed, each in self._works(shape)]
+        return max(0, int(min(fits)))
 
 
 def check(shape: Shape, params: OmniDiffusionSamplingParams, footprint: Footprint, info: ModelInfo) -> None:
