@@ -3,10 +3,14 @@ what a prediction will look like."""
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
 
 from denoised.features.guidance import Guidance
 from denoised.steps import outline, rows
@@ -176,3 +180,39 @@ def test_only_what_all_calls_agree_on_is_told() -> None:
     longer = outline.agreed(both, outline.of_output((*one, None)))
     assert longer is not None
     assert longer.parts is None
+
+
+@given(st.lists(st.tuples(st.integers(1, 2), st.sampled_from([None, [1], [2]])), min_size=1, max_size=6), st.randoms())
+def test_ranks_that_gather_together_run_the_same_blocks_at_the_same_time(
+    given_calls: list[tuple[int, list[int] | None]], chance: Random
+) -> None:
+    """Whatever the calls, and wherever they go: forwards that leave blocks out meet only their like."""
+    rules, ran = RowRules(shared=frozenset({"skip_layers"})), list[list[Any]]()
+    prices = [chance.random() for _ in given_calls]
+    for rank in range(2):
+        sequence: list[Any] = []
+
+        def forward(hidden: Tensor, *, skip_layers: Any, sequence: list[Any] = sequence) -> Tensor:
+            sequence.append(skip_layers)
+            return hidden
+
+        target = Target(name="transformer", method="forward", stage=Stage.DENOISE, function=forward)
+        calls = [
+            Call(
+                task_id=str(number),
+                target=target,
+                args=(torch.zeros(batch, 6),),
+                kwargs={"skip_layers": left_out},
+                branch=0,
+                ambient=Ambient.capture(),
+                source=Source(lambda: None),
+            )
+            for number, (batch, left_out) in enumerate(given_calls)
+        ]
+        guidance = Guidance(
+            rules=lambda _: rules, num_ranks=2, rank=rank, join=True, max_rows=16, sticky=False, lockstep=True
+        )
+        outcome = guidance.run(calls, dict(zip(calls, prices, strict=True)).__getitem__)
+        assert not outcome.errors
+        ran.append(sequence)
+    assert ran[0] == ran[1]

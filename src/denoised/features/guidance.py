@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from denoised.errors import EngineError, one_line
 from denoised.steps import rows
-from denoised.steps.dealing import Placement, group
+from denoised.steps.dealing import Placement, course, group
 from denoised.steps.forward import Call, Decision, Stage
 from denoised.steps.rows import Piece, RowRules
 from denoised.steps.tally import count, counted
@@ -80,8 +80,9 @@ class Guidance:
         join: whether rows of different requests may share a forward.
         max_rows: rows of one joined forward at most.
         sticky: rows stay on the rank that first ran them, where features remember what they need of them.
-        lockstep: ranks of the cfg axis share weights that are gathered inside a forward, so that all must run the same
-            number of forwards of each denoiser. A rank with less to do runs another's rows and drops the result.
+        lockstep: ranks of the cfg axis share weights that are gathered inside a forward, so that all must run as many
+            forwards of each denoiser, through the same blocks at the same time. A rank with fewer of one kind runs
+            another's rows and drops the result.
         entangled: a forward holds collectives. One that requests share is then not tried again row by row when it
             fails: the engine starts anew and runs them apart.
         stages: denoisers that are cut into pipeline stages, by name.
@@ -144,14 +145,14 @@ class Guidance:
         return min(self._max_rows, max(1, sum(len(piece.rows) for piece in pieces) // num_stages))
 
     def _program(self, plans: dict[int, list[list[Piece]]]) -> list[tuple[list[Piece], bool]]:
-        """This rank's forwards; in lockstep also those it has too few of, denoiser by denoiser in one order."""
+        """This rank's forwards; in lockstep also those it has too few of, kind by kind in one order."""
         mine = plans[self._rank]
         if not self._lockstep:
             return [(together, True) for together in mine]
         program = []
-        for name in sorted({_denoiser(together) for plan in plans.values() for together in plan}):
-            own = [together for together in mine if _denoiser(together) == name]
-            most = max(([g for g in plan if _denoiser(g) == name] for plan in plans.values()), key=len)
+        for kind in sorted({_course(together) for plan in plans.values() for together in plan}):
+            own = [together for together in mine if _course(together) == kind]
+            most = max(([g for g in plan if _course(g) == kind] for plan in plans.values()), key=len)
             program += [(g, True) for g in own] + [(g, False) for g in most[len(own) :]]
         return program
 
@@ -274,3 +275,8 @@ class Guidance:
 
 def _denoiser(pieces: Sequence[Piece]) -> str:
     return pieces[0].call.target.name
+
+
+def _course(pieces: Sequence[Piece]) -> tuple[str, str]:
+    """The denoiser, and what decides which of its blocks run."""
+    return _denoiser(pieces), course(pieces[0].call)

@@ -151,3 +151,16 @@ def _rows(pieces: Sequence[Piece]) -> int:
 
 def _num_tasks(pieces: Sequence[Piece]) -> int:
     return len({piece.call.task_id for piece in pieces})
+
+
+def course(call: Call) -> str:
+    """All of a call that may decide which blocks its forward runs: which arguments it has, switches, and lists of
+    numbers, such as layers to leave out. Sizes of pictures and texts decide nothing there, nor do tensors."""
+    return repr([(name, _decisive(value)) for name, value in sorted(call.named_arguments().items())])
+
+
+def _decisive(value: Any) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    numbers = type(value) in (list, tuple) and all(isinstance(number, int) for number in value)
+    return tuple(value) if numbers else type(value).__name__
