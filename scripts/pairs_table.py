@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from denoised.spec.support import OK
+from denoised.spec import support
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE, RESULTS = DOCS / "parallel.md", DOCS / "pairs.json"
@@ -42,7 +42,11 @@ def markdown(found: dict[str, str]) -> str:
     """Each pair once, below the diagonal; reasons are numbered notes under the table."""
     notes: list[str] = []
     rows = [
-        [name, *(_cell(found, name, other, notes) for other in ORDER[:number]), *[""] * (len(ORDER) - 1 - number)]
+        [
+            name,
+            *(support.cell(_found(found, name, other), notes) for other in ORDER[:number]),
+            *[""] * (len(ORDER) - 1 - number),
+        ]
         for number, name in enumerate(ORDER)
         if number
     ]
@@ -51,15 +55,8 @@ def markdown(found: dict[str, str]) -> str:
     return "\n".join(["", *lines, "", *(f"({i}) {note}  " for i, note in enumerate(notes, start=1))]) + "\n"
 
 
-def _cell(found: dict[str, str], a: str, b: str, notes: list[str]) -> str:
-    value = found.get(f"{a} + {b}") or found.get(f"{b} + {a}")
-    if value is None:
-        return "-"
-    if value == OK:
-        return "yes"
-    if value not in notes:
-        notes.append(value)
-    return f"no ({notes.index(value) + 1})"
+def _found(found: dict[str, str], a: str, b: str) -> str | None:
+    return found.get(f"{a} + {b}") or found.get(f"{b} + {a}")
 
 
 if __name__ == "__main__":

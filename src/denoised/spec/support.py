@@ -22,11 +22,12 @@ def table(found: Results) -> tuple[list[str], list[list[str]], list[str]]:
     """Header, rows and notes. A cell is `yes`, a dash where nothing was checked, or `no` with the number of a note."""
     checks = list(dict.fromkeys(check for cells in found.values() for check in cells))
     notes: list[str] = []
-    rows = [[row, *(_cell(cells.get(check), notes) for check in checks)] for row, cells in found.items()]
+    rows = [[row, *(cell(cells.get(check), notes) for check in checks)] for row, cells in found.items()]
     return ["model", *checks], rows, notes
 
 
-def _cell(value: str | None, notes: list[str]) -> str:
+def cell(value: str | None, notes: list[str]) -> str:
+    """`yes`, a dash, or `no` with the number of its note, which is added to `notes`."""
     if value is None:
         return "-"
     if value == OK:
