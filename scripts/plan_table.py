@@ -20,7 +20,8 @@ def table(found: dict[str, Any]) -> str:
     hardware = found["hardware"]
     head = (
         f"On {found['machine']}: one thread a rank, {hardware['half_flops'] / hardware['cores'] / 1e9:.0f} GFLOP/s a "
-        f"core of which blocks reach {hardware['efficiency']:.2f}:\n\n"
+        f"core, of which attention reaches {hardware['attention_efficiency']:.2f} and all else in blocks "
+        f"{hardware['efficiency']:.2f}; two ranks at once keep {hardware['crowding']:.2f} of that:\n\n"
     )
     rows = "".join(_row(name, found) for name in sorted(found["seconds"], key=found["seconds"].__getitem__))
     quality = (

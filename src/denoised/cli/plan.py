@@ -32,7 +32,7 @@ def plan(
     gpus: Annotated[int | None, typer.Option("--gpus", min=1, max=64, help="Devices (default: 1).")] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help=f"What they are: {GPUS} (default: h100).")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine for some seconds, and plan for it.")
+        bool, typer.Option("--measure", help="Measure this machine for half a minute, and plan for it.")
     ] = False,
     efficiency: Annotated[
         float | None, typer.Option("--efficiency", help="Share of the peak that blocks reach, from your runs.")
@@ -86,7 +86,8 @@ def _adjusted(hardware: Hardware, efficiency: float | None, bandwidth: float | N
     if efficiency is not None:
         if not 0 < efficiency <= 1:
             raise InvalidConfigError(f"efficiency={efficiency}: must be above 0 and at most 1, a share of the peak.")
-        hardware = dataclasses.replace(hardware, efficiency=efficiency)
+        attention = efficiency / hardware.attention_weight(ring=1)
+        hardware = dataclasses.replace(hardware, efficiency=efficiency, attention_efficiency=attention)
     if bandwidth is not None:
         if bandwidth <= 0:
             raise InvalidConfigError(f"bandwidth={bandwidth}: must be above 0, in GB/s one way.")

@@ -23,6 +23,9 @@ class Hardware:
     latency: seconds that a collective takes whatever its size.
     efficiency, conv_efficiency: share of the peak that transformer blocks, and convolutions of VAEs, reach: a
         guess for kernels of PyTorch, that measurements should replace (`dataclasses.replace`).
+    attention_efficiency: the same of attention; None: as all else in the blocks.
+    ring_attention: share of attention's speed that is left on the pieces of two ranks of a ring.
+    crowding: share of its speed that a rank keeps where ranks share a device, or wait for its slowest.
     per_node: devices that `link` joins.
     cores: ranks share one device, its memory and so many cores, as processes on a CPU do; 0: each has its own device.
     threads: cores that one rank uses; None: its share of them.
@@ -40,6 +43,9 @@ class Hardware:
     latency: float = 15e-6
     efficiency: float = 0.5
     conv_efficiency: float = 0.25
+    attention_efficiency: float | None = None
+    ring_attention: float = 1.0
+    crowding: float = 1.0
     per_node: int = 8
     cores: int = 0
     threads: int | None = None
@@ -47,12 +53,21 @@ class Hardware:
     fp8: bool = True
 
     def flops(self, itemsize: int, num_ranks: int) -> float:
-        """Peak of one rank, for values of this many bytes."""
+        """Peak of one rank, for values of this many bytes, were it alone."""
         peak = self.half_flops if itemsize == 2 else self.full_flops
         if not self.cores:
             return peak
         most = self.cores if self.threads is None else self.threads
         return peak * min(most / self.cores, 1 / num_ranks)
+
+    def speed(self, itemsize: int, num_ranks: int, efficiency: float) -> float:
+        """Operations a second of one of so many ranks that reach this share of the peak."""
+        return self.flops(itemsize, num_ranks) * efficiency * (self.crowding if num_ranks > 1 else 1.0)
+
+    def attention_weight(self, ring: int) -> float:
+        """How many operations of other layers take as long as one of attention, on a ring of so many ranks."""
+        whole = self.efficiency / (self.attention_efficiency or self.efficiency)
+        return whole / (self.ring_attention if ring > 1 else 1.0)
 
     def room(self, num_ranks: int) -> float:
         """Bytes that one rank can have."""
@@ -134,18 +149,20 @@ HARDWARE: dict[str, Hardware] = {
         fp8=False,
     ),
     # Two cores of a virtual machine, measured by `measuring.py` (docs/plan.md): what one core computes, twice, and
-    # what two processes exchange with gloo.
+    # what two processes exchange through shared memory.
     "cpu": Hardware(
         name="CPU",
-        half_flops=400e9,
-        full_flops=165e9,
+        half_flops=385e9,
+        full_flops=153e9,
         memory=16 * GIB,
-        memory_bandwidth=17.5e9,
-        link=1.5e9,
+        memory_bandwidth=16.8e9,
+        link=3.78e9,
         network=1e9,
-        latency=350e-6,
-        efficiency=0.68,
-        conv_efficiency=0.88,
+        latency=257e-6,
+        efficiency=0.80,
+        conv_efficiency=0.80,
+        attention_efficiency=0.34,
+        crowding=0.97,
         cores=2,
         overlaps=False,
     ),

@@ -1,10 +1,12 @@
 """What this machine does: its `Hardware`, from small measurements that know of no model.
 
-All ranks measure at once, as they will compute: cores share memory and clock. Each number is the best of a few.
+All ranks measure at once, as they will compute: cores share memory and clock. Peaks are the best of a few runs; what
+blocks reach of them is the median, by the clock on the wall, of one rank alone and of all, who wait for the slowest.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -25,9 +27,9 @@ from denoised.errors import EngineError, one_line
 from denoised.runtime.planning.hardware import HARDWARE, LINK_EFFICIENCY, Hardware
 from denoised.steps import collectives
 
-ROUNDS = 10
-# A transformer block of usual shape: tokens of two rows, width, and heads of 64.
-ROWS, TOKENS, WIDTH, HEADS = 2, 1024, 1024, 16
+ROUNDS, BLOCK_ROUNDS = 10, 5
+# Transformer blocks of usual shape: tokens of two rows, width, and heads of 64. Two, so that weights come from memory.
+ROWS, TOKENS, WIDTH, HEADS, BLOCKS = 2, 1024, 1024, 16, 2
 MATRIX = (2048, 1024, 4096)
 CHANNELS, SIDE = 128, 64  # of a convolution
 COPIED = 64 * 2**20  # bytes
@@ -35,7 +37,7 @@ SMALL, LARGE = 2**10, 2**22  # values of a message
 
 
 def measure(most_ranks: int = 8) -> Hardware:
-    """This machine's accelerators, or its cores with one thread a rank; takes some seconds.
+    """This machine's accelerators, or its cores with one thread a rank; takes half a minute.
 
     Raises:
         EngineError: ranks cannot be started or cannot talk to each other.
@@ -63,7 +65,10 @@ def hardware_of(found: dict[str, float], num_ranks: int) -> Hardware:
         memory_bandwidth=found["copy"],
         link=found["link"] / LINK_EFFICIENCY if num_ranks > 1 else HARDWARE["cpu"].link,
         latency=found["latency"],
-        efficiency=found["block"] / found["half"],
+        efficiency=found["layers"] / found["half"],
+        attention_efficiency=found["attention"] / found["half"],
+        ring_attention=found["ring"],
+        crowding=found["crowding"],
         conv_efficiency=found["conv"] / found["half"],
         per_node=num_ranks,
         cores=num_ranks if cpu else 0,
@@ -101,7 +106,7 @@ def measured(group: Any) -> dict[str, float]:
     return {
         "half": _matrices(torch.bfloat16, group),
         "full": _matrices(torch.float32, group),
-        "block": _block(group),
+        **_blocks(group),
         "conv": _convolution(group),
         "copy": _copy(group),
         **_messages(group),
@@ -114,11 +119,7 @@ def _best(run: Callable[[], object], group: Any, *, clock: Callable[[], float] =
     times = []
     for _ in range(ROUNDS):
         dist.barrier(group)
-        _finish()
-        start = clock()
-        run()
-        _finish()
-        times.append(clock() - start)
+        times.append(_seconds(run, clock))
     return min(times)
 
 
@@ -139,21 +140,87 @@ def _matrices(dtype: torch.dtype, group: Any) -> float:
     return 2 * rows * inner * columns / _computed(lambda: functional.linear(a, b), group)
 
 
-def _block(group: Any) -> float:
-    """Operations a second of a block, its norms and activations included."""
-    layers = {name: nn.Linear(*sizes).bfloat16() for name, sizes in _LAYERS.items()}
+def _blocks(group: Any) -> dict[str, float]:
+    """Operations a second of blocks' attention, and of all else in them, on one rank while the others wait; what is
+    left of the former for half of the queries on half of the keys, and of both when all compute, until the last is
+    done."""
+    blocks = [_Block() for _ in range(BLOCKS)]
     x = torch.randn(ROWS, TOKENS, WIDTH, dtype=torch.bfloat16)
-    flops = ROWS * TOKENS * (2 * sum(a * b for a, b in _LAYERS.values()) + 4 * TOKENS * WIDTH)
-    return flops / _computed(lambda: _run_block(x, layers), group)
+
+    def run() -> None:
+        functools.reduce(lambda x, block: block(x), blocks, x)
+
+    attention, part = _attention(TOKENS, group), _attention(TOKENS // 2, group)
+    alone, together = _in_turn(run, group), _together(run, group)
+    layers = 2 * ROWS * TOKENS * sum(a * b for a, b in _LAYERS.values())
+    return {
+        "layers": layers / (alone / BLOCKS - attention),
+        "attention": 4 * ROWS * TOKENS**2 * WIDTH / attention,
+        "ring": attention / (4 * part),
+        "crowding": alone / together,
+    }
+
+
+def _attention(tokens: int, group: Any) -> float:
+    """Seconds of one call."""
+    q, k, v = torch.randn(3, ROWS, HEADS, tokens, WIDTH // HEADS, dtype=torch.bfloat16)
+    return _in_turn(lambda: functional.scaled_dot_product_attention(q, k, v), group)
+
+
+def _in_turn(run: Callable[[], object], group: Any) -> float:
+    """Seconds of this rank's run, usually, beside others that wait."""
+    seconds = 0.0
+    for rank in range(group.size()):
+        if rank == group.rank():
+            seconds = statistics.median(_seconds(run) for _ in range(BLOCK_ROUNDS))
+        dist.barrier(group)
+    return seconds
+
+
+def _together(run: Callable[[], object], group: Any) -> float:
+    """Seconds until all ranks have done their run, usually."""
+
+    def all_run() -> None:
+        run()
+        dist.barrier(group)
+
+    dist.barrier(group)
+    return statistics.median(_seconds(all_run) for _ in range(BLOCK_ROUNDS))
+
+
+def _seconds(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    _finish()
+    start = clock()
+    run()
+    _finish()
+    return clock() - start
 
 
 _LAYERS = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
 
 
-def _run_block(x: Tensor, layers: dict[str, Any]) -> Any:
-    q, k, v = layers["qkv"](_normed(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-    x = x + layers["out"](functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-    return x + layers["down"](functional.gelu(layers["up"](_normed(x)), approximate="tanh"))
+class _Block(nn.Module):
+    """As denoisers of today have it: attention with norms and a rotation of queries and keys, and gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(*sizes) for name, sizes in _LAYERS.items()}).bfloat16()
+        self.rotation = torch.polar(torch.ones(TOKENS, WIDTH // HEADS // 2), torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.layers["qkv"](_normed(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        answer = functional.scaled_dot_product_attention(self._rotated(q), self._rotated(k), v)
+        x = x + _GATE * self.layers["out"](answer.transpose(1, 2).flatten(2))
+        hidden = functional.gelu(self.layers["up"](_normed(x)), approximate="tanh")
+        return torch.addcmul(x, self.layers["down"](hidden), torch.full_like(x[:, :1], _GATE))
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        normed = functional.rms_norm(x, x.shape[-1:]).float()
+        pairs = torch.view_as_complex(normed.view(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self.rotation).flatten(-2).to(x.dtype)
+
+
+_GATE = 0.5
 
 
 def _normed(x: Tensor) -> Tensor:

@@ -109,22 +109,22 @@ def num_rounds(denoiser: Denoiser, layout: Layout) -> int:
 def _stage_seconds(denoiser: Denoiser, layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
     """One row on the busiest stage; what is outside the blocks is computed on all."""
     heads = max(denoiser.heads, default=0)
-    slowest = max(_operations(stage, layout, heads) for stage in stages(denoiser, layout.pipeline))
+    weight = hardware.attention_weight(layout.ring)
+    slowest = max(_operations(stage, layout, heads, weight) for stage in stages(denoiser, layout.pipeline))
     return (slowest + denoiser.rest.flops) / _speed(layout, model, hardware)
 
 
-def _operations(stage: tuple[Work, ...], layout: Layout, heads: int) -> float:
-    """Of the busiest rank: of heads that do not divide, some ranks have one more than others."""
+def _operations(stage: tuple[Work, ...], layout: Layout, heads: int, weight: float) -> float:
+    """Of the busiest rank: of heads that do not divide, some ranks have one more than others. weight: of attention."""
     own = -(-heads // layout.tensor)
     excess = -(-own // layout.ulysses) * layout.ulysses / own if own else 1.0
     divided = layout.sequence * layout.tensor
-    return sum(
-        (block.token_flops + (excess - 1) * block.attention_flops) / divided + block.once_flops for block in stage
-    )
+    extra = excess * weight - 1
+    return sum((block.token_flops + extra * block.attention_flops) / divided + block.once_flops for block in stage)
 
 
 def _speed(layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
-    return hardware.flops(model.itemsize, layout.num_ranks) * hardware.efficiency
+    return hardware.speed(model.itemsize, layout.num_ranks, hardware.efficiency)
 
 
 def _weights_seconds(denoiser: Denoiser, layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
@@ -134,7 +134,7 @@ def _weights_seconds(denoiser: Denoiser, layout: Layout, model: ModelFacts, hard
 
 
 def _decode_seconds(layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
-    speed = hardware.flops(model.itemsize, layout.num_ranks) * hardware.conv_efficiency
+    speed = hardware.speed(model.itemsize, layout.num_ranks, hardware.conv_efficiency)
     overlap = TILE_OVERLAP if layout.vae_patch > 1 else 1.0
     return (model.decode_flops or 0.0) * overlap / layout.vae_patch / speed
 
