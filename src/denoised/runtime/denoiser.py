@@ -25,7 +25,7 @@ The numbers are the places of the full order in docs/architecture.md; a feature 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from denoised.runtime import caching, quantizing, warming, weights
 from denoised.runtime.load import num_load_threads
 from denoised.runtime.mesh import Mesh
 from denoised.runtime.offloading import offload_of
+from denoised.runtime.planning.reading import block_costs
 from denoised.spec.model_spec import ModelSpec
 from denoised.steps.rows import RowRules
 from denoised.steps.trap import install, targets_of
@@ -108,8 +109,9 @@ def _divide(
     """
     _check_denoisers(spec, parallel)
     stages: dict[str, pipeline.Stages] = {}
+    costs = block_costs(pipe, spec) if mesh.axes["pipeline"] > 1 else {}
     for name in spec.denoisers:
-        stages |= _cut_denoiser(name, getattr(pipe, name), spec, parallel, mesh, offload, bodies)
+        stages |= _cut_denoiser(name, getattr(pipe, name), spec, parallel, mesh, offload, bodies, costs.get(name))
     _cut_encoders(pipe, spec, parallel, mesh)
     if parallel.vae_patch_parallel_size > 1:
         vae_patch.apply(_vae(pipe, spec), mesh.neighbours(parallel.vae_patch_parallel_size))
@@ -124,7 +126,9 @@ def _cut_denoiser(
     mesh: Mesh,
     offload: Offload | None,
     bodies: compile.Bodies | None,
+    costs: Sequence[float] | None,
 ) -> dict[str, pipeline.Stages]:
+    """costs: of its blocks, by which stages are cut; None: their weights."""
     stages: dict[str, pipeline.Stages] = {}
     if parallel.enable_expert_parallel:
         expert.apply(model, spec, tensor=mesh.group("tensor"), sequence=mesh.span("ring", "ulysses"))
@@ -137,7 +141,7 @@ def _cut_denoiser(
     if mesh.axes["pipeline"] > 1:
         # Ranks gather weights in one order, which rows that take turns would not keep.
         rounds = 1 if parallel.use_hsdp else pipeline.MAX_ROUNDS
-        stages[name] = pipeline.apply(model, spec, mesh.group("pipeline"), max_rounds=rounds)
+        stages[name] = pipeline.apply(model, spec, mesh.group("pipeline"), costs=costs, max_rounds=rounds)
     if parallel.use_hsdp:
         hsdp.check(model, mesh.equal_weights(num_copies=parallel.hsdp_replicate_size))
     sequence.check(model, spec, **_sequence_groups(mesh), mode=parallel.ulysses_mode)

@@ -5,7 +5,7 @@ signature: which outputs of which blocks the blocks and the output of another st
 """
 
 from denoised.features.pipeline.clock import Mark
-from denoised.features.pipeline.cut import MAX_ROUNDS
+from denoised.features.pipeline.cut import MAX_ROUNDS, deal
 from denoised.features.pipeline.stages import Stages, apply
 
-__all__ = ["MAX_ROUNDS", "Mark", "Stages", "apply"]
+__all__ = ["MAX_ROUNDS", "Mark", "Stages", "apply", "deal"]

@@ -39,7 +39,7 @@ def blocks_of(model: nn.Module, spec: ModelSpec, num_stages: int) -> dict[str, n
 
 
 def num_weights(block: nn.Module) -> float:
-    """The cost of a block that nobody has measured."""
+    """The cost of a block whose operations are not known."""
     return float(sum(parameter.numel() for parameter in block.parameters()))
 
 

@@ -141,6 +141,11 @@ class Denoiser:
     def work(self) -> Work:
         return sum(self.blocks, self.rest)
 
+    @cached_property
+    def costs(self) -> tuple[float, ...]:
+        """Operations of each block on one row."""
+        return tuple(block.flops for block in self.blocks)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:

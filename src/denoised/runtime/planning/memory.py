@@ -64,21 +64,27 @@ def held(work: Work, layout: Layout) -> float:
     return cut + work.whole_params - work.whole_experts + dealt
 
 
-def stages(denoiser: Denoiser, num_stages: int) -> list[tuple[Work, ...]]:
-    """The blocks, cut into stages of about equal weights."""
-    total = sum(block.params for block in denoiser.blocks)
-    cut: list[list[Work]] = [[] for _ in range(num_stages)]
-    before = 0.0
-    for block in denoiser.blocks:
-        middle = before + block.params / 2
-        cut[min(int(middle / total * num_stages), num_stages - 1)].append(block)
-        before += block.params
-    return [tuple(stage) for stage in cut]
+def stages(denoiser: Denoiser, layout: Layout) -> list[tuple[Work, ...]]:
+    """The blocks of each stage, as the engine deals them."""
+    if layout.pipeline == 1:
+        return [denoiser.blocks]
+    owners = dealt(denoiser, layout)
+    return [
+        tuple(block for block, owner in zip(denoiser.blocks, owners, strict=True) if owner == stage)
+        for stage in range(layout.pipeline)
+    ]
+
+
+def dealt(denoiser: Denoiser, layout: Layout) -> tuple[int, ...]:
+    """The stage of each block."""
+    from denoised.features.pipeline import MAX_ROUNDS, deal  # these import torch, which the command line does without
+
+    return deal(denoiser.costs, layout.pipeline, 1 if layout.hsdp else MAX_ROUNDS)
 
 
 def fullest_stage(denoiser: Denoiser, layout: Layout, itemsize: int) -> float:
     """Bytes of the stage whose weights are most."""
-    cut = stages(denoiser, layout.pipeline)
+    cut = stages(denoiser, layout)
     return max(sum(held_bytes(block, layout, itemsize) for block in stage) for stage in cut)
 
 

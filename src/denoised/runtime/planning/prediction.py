@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from denoised.runtime.planning.facts import Denoiser, ModelFacts, Work
 from denoised.runtime.planning.hardware import Hardware
 from denoised.runtime.planning.layout import Layout
-from denoised.runtime.planning.memory import Memory, fullest_stage, held_bytes, memory, rows_of_a_rank, stages
+from denoised.runtime.planning.memory import Memory, dealt, fullest_stage, held_bytes, memory, rows_of_a_rank, stages
 
 # Every tensor rank sends and receives all but its own part of a sum twice: reduce-scatter, then all-gather.
 ALL_REDUCE_TRIPS = 2
@@ -97,20 +97,18 @@ def waiting(rows: int, num_stages: int, rounds: int = 1) -> float:
 
 def num_rounds(denoiser: Denoiser, layout: Layout) -> int:
     """Ranges of blocks that each stage has."""
-    from denoised.features.pipeline.cut import deal  # these import torch, which the command line does without
-    from denoised.features.pipeline.order import parts
+    from denoised.features.pipeline.order import parts  # imports torch, which the command line does without
 
     if layout.pipeline == 1 or layout.hsdp:
         return 1
-    costs = tuple(float(block.params) for block in denoiser.blocks)
-    return round(len(parts(deal(costs, layout.pipeline), costs)) / layout.pipeline)
+    return round(len(parts(dealt(denoiser, layout), denoiser.costs)) / layout.pipeline)
 
 
 def _stage_seconds(denoiser: Denoiser, layout: Layout, model: ModelFacts, hardware: Hardware) -> float:
     """One row on the busiest stage; what is outside the blocks is computed on all."""
     heads = max(denoiser.heads, default=0)
     weight = hardware.attention_weight(layout.ring)
-    slowest = max(_operations(stage, layout, heads, weight) for stage in stages(denoiser, layout.pipeline))
+    slowest = max(_operations(stage, layout, heads, weight) for stage in stages(denoiser, layout))
     return (slowest + denoiser.rest.flops) / _speed(layout, model, hardware)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from typing import Any, cast
@@ -81,6 +82,21 @@ def facts_of(pipeline: Any, ask: Ask, *, model: str, dtype: str = "bfloat16") ->
         decode_bytes=None if decoded is None else decoded.peak,
         vae_refusal=limits.vae_refusal(pipeline),
     )
+
+
+def block_costs(pipeline: Any, spec: ModelSpec) -> dict[str, tuple[float, ...]]:
+    """Operations of each denoiser's blocks, in order of execution, on one row of what the pipeline makes by default.
+
+    Nothing of a denoiser that cannot be read without its inputs, as can UNets of unusual conditions.
+    """
+    info = describe(pipeline, spec, model="", device="meta", dtype="bfloat16", defaults={})
+    asked = _asked(pipeline, Ask(), info)
+    latent, tokens = trace.latent_shape(pipeline, asked, info), _tokens(pipeline, spec, asked, info)
+    found = {}
+    for name in spec.denoisers:
+        with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
+            found[name] = _denoiser(name, pipeline, spec, tokens, latent).costs
+    return found
 
 
 def _asked(pipeline: Any, ask: Ask, info: ModelInfo) -> dict[str, Any]:
