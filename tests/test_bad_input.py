@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,19 @@ def test_damaged_checkpoint(damage: Callable[[Path], None], copy: Path, tmp_path
     flags = ("--num-inference-steps", 1, "--height", 64, "--width", 64, "--output", tmp_path / "out.png")
     message = refused(tmp_path, "a cat", "--model", copy, *flags)
     assert all(word in message for word in DAMAGES[damage]), message
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_processor_without_torchvision(tmp_path: Path) -> None:
+    """Checkpoints of image-edit models name a processor of videos, too."""
+    folder = tiny.checkpoint("qwen_image_edit", tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["processor"] = ["transformers", "Qwen2VLProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    videos = json.dumps({"video_processor_type": "Qwen2VLVideoProcessor"})
+    (folder / "processor" / "video_preprocessor_config.json").write_text(videos)
+    message = refused(tmp_path, "a cat", "--model", folder, "--output", tmp_path / "out.png")
+    assert "pip install 'denoised[vision]'" in message
 
 
 def test_hub_model_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

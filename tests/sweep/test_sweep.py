@@ -1,12 +1,11 @@
 """Every pipeline class of diffusers that makes media from text: the committed results are what the checks give now.
 
-A few classes of different kinds by default; all of them with DENOISED_FULL=1 (minutes).
+A few classes of different kinds by default; all of them with --full (minutes).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +29,10 @@ _FEW = (
     "LongCatAudioDiTPipeline",
     "StableDiffusionPAGPipeline",
 )
-FULL = os.environ.get("DENOISED_FULL") == "1"
+_ALL = [pytest.param(name, marks=() if name in _FEW else pytest.mark.slow) for name in sorted(RESULTS["pipelines"])]
 
 
-@pytest.mark.parametrize("name", sorted(RESULTS["pipelines"]) if FULL else _FEW)
+@pytest.mark.parametrize("name", _ALL)
 @pytest.mark.timeout(600)
 def test_pipeline(name: str) -> None:
     from tests.sweep.run import both

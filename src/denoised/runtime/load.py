@@ -21,6 +21,8 @@ from denoised.runtime import gguf_choice
 BUILTIN = {"shapes": Path(__file__).parent.parent / "models" / "shapes"}
 # How the names of component classes end that have a configuration and no weights.
 WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "Extractor", "Scheduler", "Guidance")
+# Packages that some models' processors need, and our extras that bring them.
+EXTRAS = {"torchvision": "vision"}
 # Sampling parameters of built-in models, which were trained for one size.
 BUILTIN_DEFAULTS: dict[str, dict[str, Any]] = {
     "shapes": {"height": 128, "width": 128, "num_inference_steps": 20, "true_cfg_scale": 4.0}
@@ -168,10 +170,19 @@ def load(config: EngineConfig, *, device: str, unread: bool = False) -> Any:
     except (ModelError, InvalidConfigError):
         raise
     except Exception as error:
-        raise ModelError(f"model {str(config.model)!r} cannot be loaded: {one_line(error)}") from error
+        raise ModelError(f"model {str(config.model)!r} cannot be loaded: {_why(error)}") from error
     if isinstance(source, Path):
         _check_complete(pipeline, source, without=packed)
     return _configured(pipeline.to(device), config)
+
+
+def _why(error: Exception) -> str:
+    """The reason in a line; of a package that is not here, how to get it."""
+    words = str(error).lower() if isinstance(error, ImportError) else ""
+    found = next((package for package in EXTRAS if package in words), None)
+    if found is None:
+        return one_line(error)
+    return f"its processors need {found}, which is not installed; pip install 'denoised[{EXTRAS[found]}]'."
 
 
 def _packed(source: str | Path, files: Mapping[str, Path], dtype: Any, device: str) -> dict[str, Any]:
