@@ -13,25 +13,23 @@ measured as well: two processes that share nothing multiply matrices at once. Gu
 what lets the stages of a pipeline overlap. Where ranks wait for stages, the share of their time is given: unlike
 seconds, it does not depend on who else uses the machine, as long as both ranks suffer alike.
 
-Memory: MB that a rank holds at the end, with what it freed, over what its process held before it loaded anything.
+Memory: MB that a rank holds at most in a request, over what its process held before (benchmarks/resident.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
-import re
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from tests.ranks import run_on_ranks
 
 from benchmarks.common import Steps, interleaved, num_parameters, qwen_image, ratio, saved, show
+from benchmarks.resident import most_held
 from denoised import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -58,13 +56,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(METHODS), help="default: those that suit the model")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     args = parser.parse_args()
-    imported = _resident(os.getpid(), "RssAnon", "RssFile")
     results: dict[str, Any] = {"the machine: two processes that share nothing": machine(args.rounds)}
     for model in (name for name in args.model if name != "vae"):
         folder, results[f"{model}: parameters"] = _elsewhere(model)
         params = _params(model, args.steps)
         for method in args.only or SUITED[model]:
-            found = compare(folder, method, params, args.rounds, imported)
+            found = compare(folder, method, params, args.rounds)
             print(f"{model}, {method}: {found['speed-up per step']:.2f}", file=sys.stderr, flush=True)
             results |= {f"{model}, {method}: {name}": value for name, value in found.items()}
     if "vae" in args.model:
@@ -72,10 +69,8 @@ def main() -> None:
     show("scaling", results)
 
 
-def compare(
-    folder: str, method: str, params: OmniDiffusionSamplingParams, rounds: int, imported: float
-) -> dict[str, Any]:
-    """One method against one rank, in turn. imported: MB of this process before it loaded anything."""
+def compare(folder: str, method: str, params: OmniDiffusionSamplingParams, rounds: int) -> dict[str, Any]:
+    """One method against one rank, in turn."""
     medians: dict[str, list[float]] = {"one": [], "two": []}
     fastest: dict[str, list[float]] = {"one": [], "two": []}
     outputs = {}
@@ -92,8 +87,6 @@ def compare(
             timed(name)
             medians[name].clear()
         interleaved({name: lambda name=name: timed(name) for name in runs}, rounds)  # type: ignore[misc]
-        held = _held(two._client.rank_pids)
-        held_alone = _resident(os.getpid(), "RssAnon", "RssFile") - imported
     one_latents, two_latents = outputs["one"].latents, outputs["two"].latents
     found: dict[str, Any] = {
         "seconds per step, one rank": statistics.median(medians["one"]),
@@ -105,8 +98,9 @@ def compare(
     if any(idle):
         found["share of time that ranks waited for stages"] = ", ".join(f"{share:.3f}" for share in idle)
     if method in DIVIDES_WEIGHTS:
-        found["MB, one rank"] = held_alone
-        found["MB, each of two ranks"] = ", ".join(f"{size:.0f}" for size in held)
+        (found["MB, one rank"],) = most_held(folder, {}, params)
+        of_two = most_held(folder, METHODS[method], params)
+        found["MB, each of two ranks"] = ", ".join(f"{size:.0f}" for size in of_two)
     return found
 
 
@@ -151,25 +145,6 @@ def _wan(*, layers: int, heads: int, dtype: torch.dtype) -> Any:
         rope_max_seq_len=64,
     ).eval()
     return WanPipeline(**wan.components(), transformer=transformer).to(dtype)
-
-
-# Memory of processes
-
-
-def _held(pids: list[int]) -> list[float]:
-    """Of ranks, over the process that they were forked from with everything imported; they copy weights from files."""
-    return [_resident(pid, "RssAnon") - _resident(int(_status("PPid", pid)), "RssAnon") for pid in pids]
-
-
-def _resident(pid: int, *kinds: str) -> float:
-    """MB of a process: RssAnon is its own, RssFile what it has mapped from files, as one rank alone maps weights."""
-    return sum(_status(kind, pid) for kind in kinds) / 1024
-
-
-def _status(field: str, pid: int) -> float:
-    found = re.search(rf"^{field}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    assert found is not None, f"no {field} in the status of process {pid}"
-    return float(found[1])
 
 
 # The machine itself
