@@ -87,6 +87,24 @@ def test_a_calibration_counts_every_step() -> None:
     assert found.r2 <= 1
 
 
+def test_a_probe_that_a_model_lacks_is_skipped_and_told(tmp_path: Path) -> None:
+    """Blocks of Z-Image are given no timestep embedding: the default takes the other probe. Asked for, it is refused."""
+    written = tmp_path / "tea.json"
+    asked = ("calibrate", folder("z_image"), "--degree", 1, "--num-inference-steps", 6, "--num-threads", 1)
+    asked += ("--height", 64, "--width", 64, "--prompts", tmp_path / "prompts.txt", "--output", written)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    result = denoised(*asked)
+    assert result.exit_code == 0, result.output
+    assert "--probe timestep is skipped: " in result.stderr
+    assert "given no timestep embedding" in result.stderr
+    assert json.loads(written.read_text())["probe"] == "input"
+    written.unlink()
+    result = denoised(*asked, "--probe", "timestep")
+    assert result.exit_code == 2
+    assert "given no timestep embedding" in result.stderr
+    assert not written.exists()
+
+
 def test_a_quality_is_kept_and_told() -> None:
     """A caption that the calibration has not seen: as alike as was asked for, by a cache that acts."""
     prompt = {"prompt": "a small green star above a large purple ring", "negative_prompt": ""}

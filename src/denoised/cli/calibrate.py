@@ -53,7 +53,7 @@ def calibrate(
     degree: Annotated[int, typer.Option("--degree", min=1, max=8, help="Of TeaCache's polynomial.")] = 4,
     probe: Annotated[
         str | None,
-        typer.Option("--probe", help="What is watched: input or timestep (default: both, and the better one kept)."),
+        typer.Option("--probe", help="What is watched: input or timestep (default: those of both that the model has, and the better kept)."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file that can be given as --cache-config.")
@@ -87,8 +87,7 @@ def calibrate(
     asked = [_prompt(text, negative_prompt, image) for text in texts]
     params = OmniDiffusionSamplingParams(**given(SAMPLING, values))
     watched = calibrating.PROBES if probe is None else (probe,)
-    fits = [calibrating.calibrate(asked, params, degree=degree, probe=one, settings=settings) for one in watched]
-    found = max(fits, key=lambda fit: fit.r2)
+    found = calibrating.best(asked, params, degree=degree, probes=watched, settings=settings, say=_skip)
     _report(found.as_dict())
     if output is not None:
         output.write_text(json.dumps(found.settings[cache_backend], indent=2) + "\n")
@@ -132,6 +131,10 @@ def _report(found: dict[str, Any]) -> None:
         f"those of the {found['probe']} explains R² = {found['r2']:.4f}; ratios differ by up to "
         f"{found['ratio_spread']:.1%} between rows"
     )
+
+
+def _skip(probe: str, problem: str) -> None:
+    print(f"--probe {probe} is skipped: {problem}", file=sys.stderr, flush=True)
 
 
 def _say(one: Measured) -> None:

@@ -6,13 +6,13 @@ MagCache gets how the size of what they add goes from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from denoised.errors import InvalidRequestError
+from denoised.errors import InvalidConfigError, InvalidRequestError
 from denoised.outputs import OmniRequestOutput
 from denoised.request import OmniDiffusionSamplingParams, PromptDict
 
@@ -40,6 +40,35 @@ class Fit:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def best(
+    prompts: Sequence[PromptDict],
+    params: OmniDiffusionSamplingParams,
+    *,
+    degree: int,
+    probes: Sequence[str],
+    settings: dict[str, Any],
+    say: Callable[[str, str], None],
+) -> Fit:
+    """The fit that explains most, of the probes that the model has. say: is told which it refuses, and why.
+
+    Raises:
+        InvalidConfigError: it refuses all of them.
+        InvalidRequestError: as `calibrate`.
+    """
+    fits: list[Fit] = []
+    refused: list[tuple[str, InvalidConfigError]] = []
+    for probe in probes:
+        try:
+            fits.append(calibrate(prompts, params, degree=degree, probe=probe, settings=settings))
+        except InvalidConfigError as error:
+            refused.append((probe, error))
+    if not fits:
+        raise refused[0][1]
+    for probe, error in refused:
+        say(probe, str(error))
+    return max(fits, key=lambda fit: fit.r2)
 
 
 def calibrate(
