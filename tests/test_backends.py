@@ -183,6 +183,18 @@ def test_what_can_be_known_at_start_is_refused_at_start() -> None:
     }
 
 
+@pytest.mark.parametrize("setting", ["flex,vae=native", "vae=native,", "vae=", "vae=flex,vae=native"])
+def test_a_list_of_kernels_is_taken_whole_or_refused(setting: str) -> None:
+    with pytest.raises(InvalidConfigError, match="is not one component and its kernel"):
+        attention_backend.choice(setting, ("transformer",))
+
+
+@pytest.mark.parametrize("name", ["flex", "fast"])
+def test_a_name_alone_needs_a_denoiser(name: str) -> None:
+    with pytest.raises(InvalidConfigError, match=f"'{name}': this model has no component named transformer or unet"):
+        attention_backend.choice(name, ())
+
+
 def test_what_only_a_request_shows_is_that_requests_error() -> None:
     x = torch.randn(1, 2, 3, 8)
     with pytest.raises(InvalidRequestError, match="attention_backend='flash' takes no mask"):

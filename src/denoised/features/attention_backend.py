@@ -26,12 +26,33 @@ _METHODS = ("forward", "encode", "decode")
 
 
 def choice(setting: str | Mapping[str, str] | None, denoisers: tuple[str, ...]) -> dict[str, str]:
-    """Component to name. A name alone is for the denoisers; a flag names components: "vae=flex,unet=flash"."""
+    """Component to name. A name alone is for the denoisers; a flag names components: "vae=flex,unet=flash".
+
+    Raises:
+        InvalidConfigError: a part of the list names no component, or there is nothing that the name could be for.
+    """
     if setting is None:
         return {}
     if isinstance(setting, str) and "=" in setting:
-        setting = dict(part.strip().split("=", 1) for part in setting.split(",") if "=" in part)
+        return _listed(setting)
+    if isinstance(setting, str) and not denoisers:
+        raise InvalidConfigError(
+            f"{FIELD}={setting!r}: this model has no component named transformer or unet for it to act on; name "
+            "components, as in 'vae=native', or leave it out."
+        )
     return dict.fromkeys(denoisers, setting) if isinstance(setting, str) else dict(setting)
+
+
+def _listed(setting: str) -> dict[str, str]:
+    pairs = [part.strip().partition("=") for part in setting.split(",")]
+    names = [name for name, _, _ in pairs]
+    wrong = next(("".join(pair) for pair in pairs if not all(pair) or names.count(pair[0]) > 1), None)
+    if wrong is not None:
+        raise InvalidConfigError(
+            f"{FIELD}={setting!r}: {wrong!r} is not one component and its kernel; write each component once, as in "
+            "'transformer=flex,vae=native', or one name alone for the denoisers."
+        )
+    return {name: kernel for name, _, kernel in pairs}
 
 
 def check(
