@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError
 from denoised.runtime import load, quantizing
 from denoised.spec.registry import resolve
-from tests.quantized import ASK, plain_image, prepared
+from tests.quantized import ASK, folder, plain_image, prepared
 from tests.tiny import UPSTREAM_WARNINGS
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in UPSTREAM_WARNINGS]
@@ -45,7 +46,6 @@ def test_a_quantized_checkpoint_loads(model: Path) -> None:
     [
         ({"quantization": {"text_encoder": "int8"}}, "text_encoder of this model is quantized already"),
         ({"quantization": "int8"}, "transformer of this model is quantized already .* leave transformer out"),
-        ({"enable_cpu_offload": True}, "those of transformer came quantized and stay mapped; leave them off"),
         (
             {"parallel_config": DiffusionParallelConfig(tensor_parallel_size=2)},
             "tensor_parallel_size=2 would cut transformer, whose weights came quantized; leave it at 1",
@@ -62,3 +62,18 @@ def test_a_quantized_checkpoint_is_not_cut(model: Path, settings: dict[str, Any]
     pipeline = load.load(config, device="cpu", unread=True)
     with pytest.raises(InvalidConfigError, match=says):
         quantizing.check(pipeline, resolve(pipeline), config)
+
+
+@pytest.mark.parametrize("name", ["transformer", "text_encoder"])
+def test_no_component_that_came_quantized_is_offloaded_on_the_cpu(model: Path, tmp_path: Path, name: str) -> None:
+    """It would stay where it is, for it cannot be read from its files again: refused, be it the only one."""
+    (other,) = {"transformer", "text_encoder"} - {name}
+    root = tmp_path / "model"
+    shutil.copytree(model, root)
+    shutil.rmtree(root / other)
+    shutil.copytree(folder() / other, root / other)
+    for field in ("enable_cpu_offload", "enable_layerwise_offload"):
+        config = EngineConfig(model=str(root), **{field: True})
+        pipeline = load.load(config, device="cpu", unread=True)
+        with pytest.raises(InvalidConfigError, match=f"those of {name} came quantized and stay mapped; leave them off"):
+            quantizing.check(pipeline, resolve(pipeline), config)

@@ -59,7 +59,7 @@ def _check_existing(
     name = came.component
     if name in wanted:
         raise InvalidConfigError(again_problem(name, f"{came.method} in {came.layers} layers"))
-    if is_denoiser and offloading.is_asked(config) and next(part.parameters()).device.type == "cpu":
+    if offloading.is_asked(config) and next(part.parameters()).device.type == "cpu":
         raise InvalidConfigError(
             f"enable_cpu_offload and enable_layerwise_offload read weights from their files again on the CPU, and "
             f"those of {name} came quantized and stay mapped; leave them off."
