@@ -24,11 +24,11 @@ from denoised.errors import InvalidConfigError
 from denoised.features import compile
 from denoised.features.lora.beside import install
 from denoised.rules import validate
-from denoised.runtime import warming
+from denoised.runtime import denoiser, warming
 from denoised.spec.model_spec import ModelSpec
 from denoised.steps.tally import counted
 from tests.contract import support, test_cache
-from tests.contract.test_lora import asked_for
+from tests.contract.test_lora import SCALE, adapter, asked_for
 from tests.contract.test_lora import reference as with_adapters
 
 BOUND = 1e-5  # sums in another order, fp32, relative to the largest value
@@ -202,6 +202,23 @@ def test_who_compiles() -> None:
     assert [warming.is_asked(config, "cpu") for config in asked] == [False, True, True]
     assert warming.is_asked(EngineConfig(), "cuda")
     assert not warming.is_asked(EngineConfig(enforce_eager=True), "cuda")
+    assert not warming.is_asked(EngineConfig(lora_path="x"), "cuda")
+
+
+def test_an_adapter_from_the_start_leaves_nothing_to_compile(
+    traced: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By default on an accelerator: no body is made, where each request would run as written all the same."""
+    monkeypatch.setattr(denoiser, "_computes_on", lambda: "cuda")
+    with caplog.at_level(logging.INFO, logger=warming.__name__):
+        omni = support.engine("qwen_image", lora_path=adapter("qwen_image", 3)[0], lora_scale=SCALE)
+    assert "blocks are not compiled: with lora_path=" in caplog.text
+    prompt, params = support.as_omni(support.request_of("qwen_image", 0), support.seed_of(0), "latent")
+    with omni:
+        (output,) = omni.generate([prompt], [params], use_tqdm=False)
+    assert support.difference(with_adapters("qwen_image", 0, 3), support.media(output)) <= 1e-4
+    assert not counts_of([output], "eager_blocks")  # nothing stands around blocks that might have been compiled
+    assert not counts_of([output], "compiled_blocks")
 
 
 def size_of(row: str) -> str:

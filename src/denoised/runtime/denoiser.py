@@ -64,7 +64,8 @@ def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None, s
     attends = _attention(pipe, spec, config)
     quantizing.check(pipe, spec, config)
     offload = offload_of(pipe, spec, config)
-    bodies = _bodies(pipe, spec, config)
+    first = mesh is None or mesh.rank == 0
+    bodies = _bodies(pipe, spec, config, says=first)
     if mesh is not None:
         stages = _divide(pipe, spec, config.parallel_config, mesh, offload, bodies)
     elif bodies is not None:
@@ -78,7 +79,6 @@ def build(pipe: Any, spec: ModelSpec, config: EngineConfig, mesh: Mesh | None, s
         attention_backend.apply(getattr(pipe, name), backend, name)
     rules = row_rules(spec)
     if bodies is not None:
-        first = mesh is None or mesh.rank == 0
         warming.warm(pipe, spec, config, bodies, device=_computes_on(), rules=rules, says=first)
     guidance = Guidance(
         rules=lambda call: rules,
@@ -196,9 +196,11 @@ def _attention(pipe: Any, spec: ModelSpec, config: EngineConfig) -> dict[str, Ba
     return attention_backend.check(hf.components(pipe), chosen, device=device, ring_degree=ring)
 
 
-def _bodies(pipe: Any, spec: ModelSpec, config: EngineConfig) -> compile.Bodies | None:
+def _bodies(pipe: Any, spec: ModelSpec, config: EngineConfig, *, says: bool) -> compile.Bodies | None:
     """Where compiled bodies go; None: blocks run as they are written, as by default do those of a CPU."""
     if not warming.is_asked(config, _computes_on()):
+        if says:
+            warming.tell(config, _computes_on())
         return None
     by_default = config.enforce_eager is None and not config.compile_shapes
     models = [getattr(pipe, name) for name in spec.denoisers]

@@ -40,10 +40,21 @@ _SIDE = 256  # pixels of the picture that models start from; they scale it
 
 
 def is_asked(config: EngineConfig, device: str) -> bool:
-    """Whether blocks are compiled: by the settings, or by default on accelerators."""
+    """Whether blocks are compiled: by the settings, or by default on accelerators if a request could use them."""
     if config.enforce_eager is None:
-        return device != "cpu" or bool(config.compile_shapes)
+        return (device != "cpu" and not _gives_way(config, device)) or bool(config.compile_shapes)
     return not config.enforce_eager
+
+
+def _gives_way(config: EngineConfig, device: str) -> bool:
+    """Whether an adapter that is always active takes the place of compiling by default."""
+    return config.enforce_eager is None and device != "cpu" and config.lora_path is not None
+
+
+def tell(config: EngineConfig, device: str) -> None:
+    """Say what default did not come to act."""
+    if _gives_way(config, device):
+        _log.info("blocks are not compiled: with lora_path=%r all of them run as they are written", config.lora_path)
 
 
 def warm(
