@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,13 @@ def test_files_that_are_not_of_the_model(tmp_path: Path) -> None:
         load_with(other)
     with pytest.raises(ModelError, match="is no model of diffusers; name a denoiser"):
         load_with(other, "text_encoder")
+    larger = tmp_path / "larger.gguf"
+    gguf_files.write(folder(), larger, Kind.Q8_0, named=_with_one_block_more)
+    with pytest.raises(ModelError, match="larger.gguf holds parts of blocks .*: transformer_blocks.77.* a larger model"):
+        load_with(larger)
+    scraps = tmp_path / "scraps.gguf"
+    gguf_files.write(folder(), scraps, Kind.Q8_0, named=lambda state: {**state, "scraps": torch.zeros(2)})
+    load_with(scraps)
     without = tmp_path / "without"
     shutil.copytree(folder(), without)
     for file in (without / "transformer").glob("*.safetensors*"):
@@ -169,3 +177,8 @@ def test_files_that_are_not_of_the_model(tmp_path: Path) -> None:
     other.rename(without / "x.gguf")
     with pytest.raises(ModelError, match="no weights in safetensors.*x.gguf is read with quantization='gguf'"):
         load.locate(str(without), elsewhere=())
+
+
+def _with_one_block_more(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    first = {name: tensor for name, tensor in state.items() if name.startswith("transformer_blocks.0.")}
+    return {**state, **{name.replace(".0.", ".77.", 1): tensor for name, tensor in first.items()}}

@@ -21,6 +21,7 @@ from denoised.features.quantize import Packed, blocks
 from denoised.runtime.unread import Unread
 
 _log = logging.getLogger(__name__)
+_SHOWN = 8  # names in an error
 
 
 def model(source: str | Path, component: str, class_name: str, file: Path, dtype: torch.dtype, device: str) -> Any:
@@ -84,13 +85,27 @@ def _fill(made: nn.Module, named: Mapping[str, Tensor], file: Path, dtype: torch
             f"{file} lacks the weight {missing[0]} of {type(made).__name__} ({len(missing)} in all); is it a file of "
             "another model?"
         )
-    more = sorted(named.keys() - wanted.keys())
-    if more:
-        _log.warning("%s holds %d tensors that %s does not have: %s", file, len(more), type(made).__name__, more[0])
+    _check_others(made, sorted(named.keys() - wanted.keys()), file)
     kept = hf.kept_in_float32(made) if dtype == torch.float16 else frozenset[str]()
     for name in wanted.keys() & named.keys():
         exact = torch.float32 if kept & set(name.split(".")) else dtype
         _put(made, name, _shaped(named[name], wanted[name].shape, f"{file}: {name}").to(exact))
+
+
+def _check_others(made: nn.Module, more: list[str], file: Path) -> None:
+    """Tensors that the model does not have. Some files have scraps beside it; parts of blocks are of a larger model."""
+    if not more:
+        return
+    name = type(made).__name__
+    _log.warning("%s holds %d tensors that %s does not have: %s", file, len(more), name, ", ".join(more))
+    lists = tuple(f"{path}." for path, part in made.named_modules() if isinstance(part, nn.ModuleList))
+    blocks_of = [found for found in more if found.startswith(lists)]
+    if blocks_of:
+        rest = f" and {len(blocks_of) - _SHOWN} more (the log has all)" if len(blocks_of) > _SHOWN else ""
+        raise ModelError(
+            f"{file} holds parts of blocks that {name} does not have: {', '.join(blocks_of[:_SHOWN])}{rest}; is it a "
+            "file of a larger model?"
+        )
 
 
 def _shaped(tensor: Tensor, shape: torch.Size, name: str) -> Tensor:
