@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ from denoised.outputs import OmniRequestOutput, RankWork, Receipt
 from denoised.rules import validate
 from denoised.runtime import calibrations
 from denoised.runtime.budget import Measured, best, choices, choose
+from denoised.runtime.cache_report import inert
 from denoised.runtime.likeness import pictures, psnr, ssim
 from denoised.runtime.measuring import skipped, work
 
@@ -121,6 +123,41 @@ def test_the_engine_gets_the_cache_and_the_receipt_what_was_promised(tmp_path: P
     assert told.notes == []
     (note,) = promise.onto(receipt(8, computed=1, skipped=0)).notes
     assert note.startswith("warning: quality={'ssim': 0.95} was measured at 20 to 50 steps, and this request has 8")
+
+
+def rows_of(**steps: str) -> dict[str, Any]:
+    """A cache's report: steps by component and branch, as `transformer_2__1`."""
+    names = {name: name.split("__") for name in steps}
+    rows = [
+        {"component": component, "branch": int(branch), "row": 0, "steps": steps[name]}
+        for name, (component, branch) in names.items()
+    ]
+    told = "".join(steps.values())
+    return {"backend": "tea_cache", "computed": told.count("1"), "skipped": told.count("0"), "rows": rows}
+
+
+def test_a_cache_that_is_idle_in_a_part_is_told() -> None:
+    """One expert, or one branch of guidance; where nothing acts, no part is named."""
+    acts = rows_of(transformer__0="1101", transformer__1="1011", transformer_2__0="110", transformer_2__1="101")
+    assert inert(acts) == []
+    (expert,) = inert(rows_of(transformer__0="1101", transformer_2__0="111", transformer_2__1="111"))
+    assert expert.startswith("warning: cache_backend='tea_cache' did not act in transformer_2: all of up to 3 steps")
+    (branch,) = inert(rows_of(transformer__0="1101", transformer__1="1111"))
+    assert "did not act in branch 1 of transformer: all of up to 4 steps" in branch
+    (all_of_it,) = inert(rows_of(transformer__0="111", transformer__1="1111"))
+    assert "did not act: all of up to 4 steps" in all_of_it
+    assert "cache_config" in all_of_it
+
+
+def test_an_idle_cache_of_a_quality_is_told_without_settings_that_are_refused(tmp_path: Path) -> None:
+    promise = calibrations.within(EngineConfig(model=model(tmp_path, FOUND), quality={"ssim": 0.95}))[1]
+    assert promise is not None
+    idle = rows_of(transformer__0="1" * 30)
+    told = promise.onto(dataclasses.replace(receipt(30, computed=30, skipped=0), cache=idle, notes=inert(idle)))
+    (note,) = told.notes
+    assert "did not act" in note
+    assert "ask for a lower quality, or ask for more steps" in note
+    assert "cache_config" not in note
 
 
 def test_lossless_is_no_cache_and_needs_no_calibration() -> None:

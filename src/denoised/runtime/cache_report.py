@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from denoised.features.guidance import Work
-from denoised.steps.forward import Decision
+if TYPE_CHECKING:
+    from denoised.features.guidance import Work
+    from denoised.steps.forward import Decision
 
 # Ranks along these axes share each forward, so that all of them decided the same.
 SHARING = ("pipeline", "ring", "ulysses", "tensor")
@@ -40,12 +41,32 @@ def _row(component: str, branch: int, row: int, decisions: list[Decision]) -> di
     return told | ({"measured": measured} if any(measured) else {})
 
 
-def inert(found: dict[str, Any] | None) -> list[str]:
-    """The note of a cache that never skipped."""
-    if found is None or found["skipped"] or any("measured" in row for row in found["rows"]):
+def inert(found: dict[str, Any] | None, *, by_quality: bool = False) -> list[str]:
+    """The note of a cache that never skipped, be it in one of a model's experts or guidance branches alone.
+
+    by_quality: the engine chose its settings, so that no others can be given.
+    """
+    if found is None or any("measured" in row for row in found["rows"]):
         return []
-    most = max(len(row["steps"]) for row in found["rows"])
+    places: dict[tuple[str, int], list[str]] = {}
+    for row in found["rows"]:
+        places.setdefault((row["component"], row["branch"]), []).append(row["steps"])
+    idle = {place: rows for place, rows in places.items() if all("0" not in steps for steps in rows)}
+    if not idle:
+        return []
+    most = max(len(steps) for rows in idle.values() for steps in rows)
+    where = "" if len(idle) == len(places) else f" in {_names(list(idle), list(places))}"
+    way = "ask for a lower quality" if by_quality else "raise its threshold or lower its warm-up in cache_config"
     return [
-        f"warning: cache_backend={found['backend']!r} did not act: all of up to {most} steps of a row were computed; "
-        "raise its threshold or lower its warm-up in cache_config, or ask for more steps."
+        f"warning: cache_backend={found['backend']!r} did not act{where}: all of up to {most} steps of a row were "
+        f"computed; {way}, or ask for more steps."
     ]
+
+
+def _names(idle: list[tuple[str, int]], places: list[tuple[str, int]]) -> str:
+    """Components of which all branches are among them; of others the branches."""
+    found: dict[str, None] = {}
+    for component, branch in idle:
+        is_whole = all(place in idle for place in places if place[0] == component)
+        found[component if is_whole else f"branch {branch} of {component}"] = None
+    return ", ".join(found)

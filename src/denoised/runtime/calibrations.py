@@ -13,6 +13,7 @@ from denoised.errors import InvalidConfigError, ModelError, one_line
 from denoised.outputs import Receipt
 from denoised.runtime import load
 from denoised.runtime.budget import Choice, Measured, best, choose
+from denoised.runtime.cache_report import inert
 
 FILE = "calibration.json"
 
@@ -81,7 +82,7 @@ class Promise:
         expected = {"ssim": known.ssim, "worst_ssim": known.worst, "skipped": known.skipped}
         told |= {"cache_backend": self.choice.backend, "cache_config": self.choice.config}
         told |= {"expected": expected | {"num_inference_steps": known.num_steps}}
-        return dataclasses.replace(receipt, quality=told, notes=[*receipt.notes, *self._doubts(receipt.steps)])
+        return dataclasses.replace(receipt, quality=told, notes=[*_reworded(receipt), *self._doubts(receipt.steps)])
 
     def _doubts(self, steps: int) -> list[str]:
         assert self.choice is not None
@@ -92,6 +93,12 @@ class Promise:
             f"warning: quality={self.asked!r} was measured at {fewest} to {most} steps, and this request has {steps}; "
             "run `denoised calibrate --num-inference-steps` with as many to know."
         ]
+
+
+def _reworded(receipt: Receipt) -> list[str]:
+    """Its notes, of which that of an idle cache names settings that cannot go with a quality."""
+    old, new = inert(receipt.cache), inert(receipt.cache, by_quality=True)
+    return [*(note for note in receipt.notes if note not in old), *new]
 
 
 def _skipped(receipt: Receipt) -> float:
