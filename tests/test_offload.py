@@ -22,7 +22,8 @@ from denoised.config import EngineConfig
 from denoised.errors import DenoisedError, InvalidConfigError
 from denoised.features.offload import Home, Offload
 from denoised.outputs import OmniRequestOutput, Receipt
-from denoised.runtime import denoiser, load, rescue, weights
+from denoised.request import Request
+from denoised.runtime import denoiser, failures, load, rescue, weights
 from denoised.runtime.memory import HighWater, in_use
 from denoised.runtime.offloading import offload_of
 from denoised.runtime.planning.ask import Ask
@@ -283,3 +284,41 @@ def test_the_three_settings_fit_by_the_arithmetic_of_the_plan() -> None:
     with counted() as counts:
         run(pipeline)
     assert counts["offload_peak_bytes"] <= rescue.needs(facts, layers), "the plan's number holds"
+
+
+def out_of_memory(config: EngineConfig, **sizes: int) -> str:
+    """The error of a request, as a rank tells it."""
+    params = OmniDiffusionSamplingParams(**sizes)
+    request = Request(request_id="0", prompt={"prompt": PROMPT}, params=params, seed=0)
+    told = rescue.advised(failures.refused(request, MemoryError("no more")), request, config)
+    assert told.error_kind == "out_of_memory"
+    return str(told.error)
+
+
+def test_a_request_that_ran_out_is_told_the_settings_that_fit() -> None:
+    config = EngineConfig(model=folder("qwen_image"))
+    facts = rescue.as_stored(read(folder("qwen_image"), Ask(height=256, width=256), dtype="float32"), config)
+    limit = int(0.9 * rescue.needs(facts, config) / MB)
+    small = dataclasses.replace(config, memory_limit_mb=limit)
+    text = out_of_memory(small, height=256, width=256)
+    assert f"by the plan's arithmetic a rank needs {rescue.needs(facts, config) / MB:.0f} MB of {limit} MB" in text
+    ways = rescue.ways(facts, config, limit * MB)
+    assert len(ways) == 3
+    listed = ", ".join(f"{way.change} ({way.num_bytes / MB:.0f} MB)" for way in ways)
+    assert text.endswith(f"what would fit: {listed}.")
+
+
+def test_advice_without_arithmetic_is_not_refused(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    """Of a pipeline object on the CPU, offload would be; of a model that cannot be read nothing is known."""
+    pipeline = DiffusionPipeline.from_pretrained(folder("qwen_image"), dtype=torch.float32)
+    text = out_of_memory(EngineConfig(model=pipeline))
+    assert "use a smaller height and width, or the pipeline in bfloat16 (.to(torch.bfloat16))." in text
+    assert "offload" not in rescue.with_advice("out of memory.", EngineConfig(model=pipeline))
+    with pytest.raises(InvalidConfigError, match="a pipeline object has none"):
+        offload_of(pipeline, resolve(pipeline), EngineConfig(model=pipeline, enable_layerwise_offload=True))
+    gone = EngineConfig(model=str(_ROOT / "gone"), dtype="bfloat16")
+    assert out_of_memory(gone).endswith("is not known for this model; use a smaller height and width.")
+    assert not caplog.records
+    monkeypatch.setattr(rescue, "_facts", lambda *asked: [].pop())
+    assert out_of_memory(gone).endswith("use a smaller height and width.")
+    assert "IndexError" in caplog.text, "what nobody expected is in the log"

@@ -200,6 +200,10 @@ def test_turns_on_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         names = [str(number) for number in range(6)]
         asked.until_ended("big", *names)
         assert asked.outputs["big"].error_kind == "out_of_memory", asked.outputs["big"].error
+        told = str(asked.outputs["big"].error)
+        assert "by the plan's arithmetic a rank needs" in told
+        ways = [way.split(" (")[0] for way in told.split("what would fit: ")[1].split("), ")]
+        assert ways == ["dtype='bfloat16'", "enable_cpu_offload=True", "enable_layerwise_offload=True"]
         for number, size in enumerate(sizes * 2):
             asked.is_plain(str(number), num_inference_steps=10, **size)
             receipt = asked.outputs[str(number)].receipt

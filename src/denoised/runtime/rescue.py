@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ from denoised.runtime.planning.memory import Memory, fullest_stage, held_bytes, 
 from denoised.runtime.planning.reading import ITEMSIZE, facts_of
 from denoised.runtime.planning.settings import with_settings
 from denoised.runtime.planning.skeleton import skeleton
+from denoised.spec.registry import resolve
+
+_log = logging.getLogger(__name__)
 
 MB = 2**20
 # Bytes of this process before any model.
@@ -61,12 +65,9 @@ def advised(output: OmniRequestOutput, request: Request, config: EngineConfig) -
 
 def with_advice(text: str, config: EngineConfig, params: OmniDiffusionSamplingParams | None = None) -> str:
     """An error of memory, and the three settings that would fit. params: of the request; None: the engine starts."""
-    sizes = (None, None, None) if params is None else (params.height, params.width, params.num_frames)
-    try:
-        facts = as_stored(_facts(str(config.model), _dtype(config), *sizes), config)
-        facts = facts if params is not None else dataclasses.replace(facts, num_rows=0, decode_bytes=0.0)
-    except Exception:  # a model that is an object, or no memory to find out
-        return f"{text.rstrip('.')}; use a smaller size, enable_layerwise_offload=True, or tensor_parallel_size=2."
+    facts = _known(config, params)
+    if facts is None:
+        return f"{text.rstrip('.')}; {_by_kind(config, is_request=params is not None)}."
     limit, need = _limit(config), needs(facts, config)
     best = ways(facts, config, limit)
     listed = ", ".join(f"{way.change} ({way.num_bytes / MB:.0f} MB)" for way in best)
@@ -75,6 +76,55 @@ def with_advice(text: str, config: EngineConfig, params: OmniDiffusionSamplingPa
         f"{text.rstrip('.')}; by the plan's arithmetic a rank needs {need / MB:.0f} MB of {limit / MB:.0f} MB; "
         f"{fit}: {listed}."
     )
+
+
+def _known(config: EngineConfig, params: OmniDiffusionSamplingParams | None) -> ModelFacts | None:
+    """None: of this model there is no arithmetic, or no memory to find out. Nothing else may take an error's place."""
+    if _is_object(config):
+        return None  # it has no configuration files
+    sizes = (None, None, None) if params is None else (params.height, params.width, params.num_frames)
+    try:
+        facts = as_stored(_facts(str(config.model), _dtype(config), *sizes), config)
+    except (DenoisedError, MemoryError):
+        return None
+    except Exception:
+        _log.warning("what %s needs cannot be told", config.model, exc_info=True)
+        return None
+    return facts if params is not None else dataclasses.replace(facts, num_rows=0, decode_bytes=0.0)
+
+
+def _by_kind(config: EngineConfig, *, is_request: bool) -> str:
+    """What to change where nothing is known of the model: only what none refuses."""
+    found = ["a smaller height and width"] if is_request else []
+    if _is_object(config):
+        if _is_wide(config.model):
+            found.append("the pipeline in bfloat16 (.to(torch.bfloat16))")
+        if _can_leave(config):
+            found.append("enable_cpu_offload=True")
+    elif _dtype(config) == "float32":
+        found.append("dtype='bfloat16'")
+    listed = ", or ".join(found) or "a smaller model, or more memory"
+    return f"what it needs is not known for this model; use {listed}"
+
+
+def _is_object(config: EngineConfig) -> bool:
+    return not isinstance(config.model, str | Path)
+
+
+def _is_wide(pipe: Any) -> bool:
+    """Whether a denoiser of a pipeline object is float32."""
+    return any(getattr(pipe, name).dtype == torch.float32 for name in resolve(pipe).denoisers)
+
+
+def _can_leave(config: EngineConfig) -> bool:
+    """Whether components of a pipeline object can take turns: on the CPU they are in no file, to be read from again."""
+    if _device() == "cpu" or offloading.is_asked(config) or not resolve(config.model).denoisers:
+        return False
+    try:
+        validate(dataclasses.replace(config, enable_cpu_offload=True))
+    except InvalidConfigError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=16)
