@@ -75,5 +75,7 @@ def test_no_component_that_came_quantized_is_offloaded_on_the_cpu(model: Path, t
     for field in ("enable_cpu_offload", "enable_layerwise_offload"):
         config = EngineConfig(model=str(root), **{field: True})
         pipeline = load.load(config, device="cpu", unread=True)
-        with pytest.raises(InvalidConfigError, match=f"those of {name} came quantized and stay mapped; leave them off"):
+        with pytest.raises(
+            InvalidConfigError, match=f"those of {name} came quantized and stay mapped; leave them off"
+        ):
             quantizing.check(pipeline, resolve(pipeline), config)

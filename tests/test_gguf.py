@@ -165,7 +165,9 @@ def test_files_that_are_not_of_the_model(tmp_path: Path) -> None:
         load_with(other, "text_encoder")
     larger = tmp_path / "larger.gguf"
     gguf_files.write(folder(), larger, Kind.Q8_0, named=_with_one_block_more)
-    with pytest.raises(ModelError, match="larger.gguf holds parts of blocks .*: transformer_blocks.77.* a larger model"):
+    with pytest.raises(
+        ModelError, match="larger.gguf holds parts of blocks .*: transformer_blocks.77.* a larger model"
+    ):
         load_with(larger)
     scraps = tmp_path / "scraps.gguf"
     gguf_files.write(folder(), scraps, Kind.Q8_0, named=lambda state: {**state, "scraps": torch.zeros(2)})

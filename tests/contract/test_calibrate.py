@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -22,17 +23,39 @@ from tests.contract.support import as_omni, folder, request_of
 from tests.tiny import ROWS
 
 
+def course(seen: list[list[float]], *, component: str = "transformer", first: int = 0) -> calibrating.Course:
+    return calibrating.Course(component=component, numbers=list(range(first, first + len(seen))), seen=seen)
+
+
 def test_a_fit_finds_the_polynomial_that_made_the_points() -> None:
     wanted = [3.0, -2.0, 0.5]
     change = np.linspace(0.01, 0.4, 12)
-    row = [[]] + [[float(x), float(np.polyval(wanted, x)), 0.9] for x in change]
+    row = course([[]] + [[float(x), float(np.polyval(wanted, x)), 0.9] for x in change])
     found = calibrating.fit([[row, row]], degree=2, probe="input")
     assert found.settings["tea_cache"]["coefficients"] == pytest.approx(wanted, rel=1e-6)
     assert found.r2 == pytest.approx(1.0)
     assert found.settings["mag_cache"]["mag_ratios"] == [1.0] + [0.9] * 12
     assert policy_of("tea_cache", found.settings["tea_cache"]).name == "tea_cache"
     with pytest.raises(InvalidRequestError, match="too few"):
-        calibrating.fit([[row[:4]]], degree=4, probe="input")
+        calibrating.fit([[course(row.seen[:4])]], degree=4, probe="input")
+
+
+def test_a_fit_knows_components_and_places_in_the_run() -> None:
+    """Two experts after each other, the second the longer one: a line of its own for each, ratios by the whole run."""
+    lines = {"transformer": [2.0, 0.0], "transformer_2": [-1.0, 1.0]}
+    ratios = {"transformer": 0.9, "transformer_2": 0.7}
+    seen = {
+        name: [[], *([x, float(np.polyval(line, x)), ratios[name]] for x in np.linspace(0.1, 0.4, num))]
+        for (name, line), num in zip(lines.items(), (6, 8), strict=True)
+    }
+    run = [course(found, component=name, first=7 * (name == "transformer_2")) for name, found in seen.items()]
+    found = calibrating.fit([run, run], degree=1, probe="input")
+    for name, line in lines.items():
+        assert found.settings["tea_cache"]["coefficients"][name] == pytest.approx(line, abs=1e-6)
+    assert found.r2 == pytest.approx(1.0)
+    assert found.settings["mag_cache"]["mag_ratios"] == [1.0, *[0.9] * 6, 1.0, *[0.7] * 8]
+    untold = dataclasses.replace(course(seen["transformer"]), numbers=[0] * 7)  # by a program that counts no steps
+    assert calibrating.fit([[untold]], degree=1, probe="input").num_steps == 7
 
 
 def test_a_fit_tells_how_much_it_explains() -> None:
@@ -87,8 +110,34 @@ def test_a_calibration_counts_every_step() -> None:
     assert found.r2 <= 1
 
 
+def test_two_experts_are_calibrated_each_for_itself() -> None:
+    """A polynomial of its own for each, a ratio for each step of the whole run, and caches that take them."""
+    name = "wan22_t2v"
+    prompt, params = as_omni({**request_of(name, 0), "num_inference_steps": 12}, 5, "latent")
+    settings: dict[str, Any] = {"model": folder(name), "num_threads": 1}
+    found = calibrating.calibrate([prompt], params, degree=1, probe="timestep", settings=settings).settings
+    assert found["tea_cache"]["coefficients"].keys() == {"transformer", "transformer_2"}
+    ratios = found["mag_cache"]["mag_ratios"]
+    assert len(ratios) == 12
+    assert [number for number, ratio in enumerate(ratios) if ratio == 1.0] == [0, 4], "the experts' first steps"
+    bold = {"tea_cache": {"rel_l1_thresh": 50.0}, "mag_cache": {"threshold": 50.0, "retention_ratio": 0.0}}
+    for backend, more in bold.items():
+        with Omni(**settings, cache_backend=backend, cache_config=found[backend] | more) as omni:
+            (output,) = omni.generate([prompt], params, use_tqdm=False)
+        assert output.receipt is not None
+        assert output.receipt.cache is not None
+        steps = {row["component"]: row["steps"] for row in output.receipt.cache["rows"]}
+        assert all("0" in told for told in steps.values()), steps
+    wrong = {"coefficients": {"transformer_3": [1.0, 0.0]}}
+    with pytest.raises(InvalidConfigError, match=r"coefficients is given for a component, and 'transformer_3' is not"):
+        Omni(**settings, cache_backend="tea_cache", cache_config=wrong)
+    half = {"coefficients": {"transformer": [1.0, 0.0]}}
+    with pytest.raises(InvalidConfigError, match="coefficients of this model are not known"):
+        Omni(**settings, cache_backend="tea_cache", cache_config=half)
+
+
 def test_a_probe_that_a_model_lacks_is_skipped_and_told(tmp_path: Path) -> None:
-    """Blocks of Z-Image are given no timestep embedding: the default takes the other probe. Asked for, it is refused."""
+    """Blocks of Z-Image are given no timestep embedding: the default takes the other. Asked for, it is refused."""
     written = tmp_path / "tea.json"
     asked = ("calibrate", folder("z_image"), "--degree", 1, "--num-inference-steps", 6, "--num-threads", 1)
     asked += ("--height", 64, "--width", 64, "--prompts", tmp_path / "prompts.txt", "--output", written)

@@ -53,7 +53,10 @@ def calibrate(
     degree: Annotated[int, typer.Option("--degree", min=1, max=8, help="Of TeaCache's polynomial.")] = 4,
     probe: Annotated[
         str | None,
-        typer.Option("--probe", help="What is watched: input or timestep (default: those of both that the model has, and the better kept)."),
+        typer.Option(
+            "--probe",
+            help="What is watched: input or timestep (default: those that the model has, and the better kept).",
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file that can be given as --cache-config.")

@@ -38,7 +38,8 @@ def _row(component: str, branch: int, row: int, decisions: list[Decision]) -> di
     steps = "".join(str(int(decision.computed)) for decision in decisions)
     told = {"component": component, "branch": branch, "row": row, "steps": steps}
     measured = [list(decision.values) for decision in decisions]
-    return told | ({"measured": measured} if any(measured) else {})
+    numbers = [decision.step for decision in decisions]
+    return told | ({"measured": measured, "numbers": numbers} if any(measured) else {})
 
 
 def inert(found: dict[str, Any] | None, *, by_quality: bool = False) -> list[str]:

@@ -22,7 +22,8 @@ def check(pipe: Any, spec: ModelSpec, config: EngineConfig) -> None:
         )
     for name in spec.denoisers if config.caches else ():
         found = calibrations.beside(config.model)
-        cache.check(getattr(pipe, name), spec, str(config.cache_backend), config.cache_config, calibration=found)
+        settings, model = config.cache_config, getattr(pipe, name)
+        cache.check(model, spec, str(config.cache_backend), settings, component=name, calibration=found)
 
 
 def apply(
@@ -52,6 +53,7 @@ def apply(
             str(config.cache_backend),
             config.cache_config,
             group=group,
+            component=name,
             calibration=found,
             convoy=convoy,
             gathers=gathers.get(name),

@@ -66,8 +66,8 @@ def best(
             refused.append((probe, error))
     if not fits:
         raise refused[0][1]
-    for probe, error in refused:
-        say(probe, str(error))
+    for probe, problem in refused:
+        say(probe, str(problem))
     return max(fits, key=lambda fit: fit.r2)
 
 
@@ -86,7 +86,7 @@ def calibrate(
     """
     watched = settings | {"cache_backend": "calibration", "cache_config": {"probe": probe}}
     (outputs,) = runs(prompts, [params], watched)
-    return fit([_trajectories(output) for output in outputs], degree=degree, probe=probe)
+    return fit([_courses(output) for output in outputs], degree=degree, probe=probe)
 
 
 def runs(
@@ -104,40 +104,79 @@ def runs(
     return found
 
 
-def _trajectories(output: OmniRequestOutput) -> list[list[list[float]]]:
-    """Of each row of a request, step by step: change of the input, change of what was added, its size's ratio."""
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What was seen of one row in one component.
+
+    numbers: of its steps, in the whole run. seen: of each step the change of the input, the change of what was added,
+    and its size's ratio; empty where there is no step before to compare with.
+    """
+
+    component: str
+    numbers: list[int]
+    seen: list[list[float]]
+
+    @property
+    def places(self) -> list[int]:
+        """Its steps' places in the run. A program that does not tell numbers has the same for all of them."""
+        told = len(set(self.numbers)) == len(self.numbers)
+        return self.numbers if told else list(range(len(self.numbers)))
+
+    @property
+    def points(self) -> list[list[float]]:
+        return [step for step in self.seen if step]
+
+
+def _courses(output: OmniRequestOutput) -> list[Course]:
     if output.error is not None:
         raise InvalidRequestError(output.error)
     assert output.receipt is not None
     assert output.receipt.cache is not None, "a calibration has a record"
-    return [row["measured"] for row in output.receipt.cache["rows"] if "measured" in row]
+    rows = [row for row in output.receipt.cache["rows"] if "measured" in row]
+    return [Course(component=row["component"], numbers=row["numbers"], seen=row["measured"]) for row in rows]
 
 
-def fit(runs: Sequence[list[list[list[float]]]], *, degree: int, probe: str) -> Fit:
-    """The settings that fit these trajectories.
+def fit(runs: Sequence[list[Course]], *, degree: int, probe: str) -> Fit:
+    """The settings that fit these runs: a polynomial for each component, for each is a model of its own; ratios by
+    the step of the whole run, of whichever component makes it.
 
     Raises:
         InvalidRequestError: there are too few steps for such a polynomial.
     """
-    rows = [row for run in runs for row in run]
-    points = np.array([step for row in rows for step in row if step])
-    if len(points) < MIN_POINTS_A_COEFFICIENT * (degree + 1):
-        raise InvalidRequestError(
-            f"num_inference_steps: {len(points)} steps are too few for a polynomial of degree {degree}; use more "
-            "steps or prompts, or a lower degree."
-        )
-    coefficients = np.polyfit(points[:, 0], points[:, 1], degree)
-    ratios, spread = _ratios(rows)
-    tea_cache = {"coefficients": [float(f"{value:.8g}") for value in coefficients], "probe": probe}
+    courses = [course for run in runs for course in run]
+    points = {
+        name: np.array([point for course in courses if course.component == name for point in course.points])
+        for name in dict.fromkeys(course.component for course in courses)
+    }
+    coefficients = {name: _polynomial(found, degree, name) for name, found in points.items()}
+    foretold = [np.polyval(coefficients[name], found[:, 0]) for name, found in points.items()]
+    written: dict[str, Any] = {
+        name: [float(f"{value:.8g}") for value in found] for name, found in coefficients.items()
+    }
+    ratios, spread = _ratios(courses)
+    by_component = written if len(written) > 1 else next(iter(written.values()))
+    every = np.concatenate(list(points.values()))
     return Fit(
-        settings={"tea_cache": tea_cache, "mag_cache": {"mag_ratios": ratios}},
+        settings={
+            "tea_cache": {"coefficients": by_component, "probe": probe},
+            "mag_cache": {"mag_ratios": ratios},
+        },
         probe=probe,
         num_runs=len(runs),
         num_steps=len(ratios),
-        num_points=len(points),
-        r2=explained(points[:, 1], np.polyval(coefficients, points[:, 0])),
+        num_points=len(every),
+        r2=explained(every[:, 1], np.concatenate(foretold)),
         ratio_spread=spread,
     )
+
+
+def _polynomial(points: Any, degree: int, component: str) -> Any:
+    if len(points) < MIN_POINTS_A_COEFFICIENT * (degree + 1):
+        raise InvalidRequestError(
+            f"num_inference_steps: {len(points)} steps of {component} are too few for a polynomial of degree {degree}; use "
+            "more steps or prompts, or a lower degree."
+        )
+    return np.polyfit(points[:, 0], points[:, 1], degree)
 
 
 def explained(found: Any, foretold: Any) -> float:
@@ -146,10 +185,12 @@ def explained(found: Any, foretold: Any) -> float:
     return 1 - float(((found - foretold) ** 2).sum()) / spread if spread else 1.0
 
 
-def _ratios(rows: list[list[list[float]]]) -> tuple[list[float], float]:
-    """Each step's mean ratio over the rows of full length, and the largest relative deviation of one."""
-    longest = max(len(row) for row in rows)
-    full = [row for row in rows if len(row) == longest]
-    table = np.array([[step[2] if step else 1.0 for step in row] for row in full])
-    mean = table.mean(axis=0)
-    return [round(float(value), 5) for value in mean], float((table.std(axis=0) / mean).max())
+def _ratios(courses: Sequence[Course]) -> tuple[list[float], float]:
+    """Each step's mean ratio over the rows that have one, and the largest relative deviation of one. 1 where none has:
+    nothing is skipped in a component's first step."""
+    found: dict[int, list[float]] = {}
+    for course in courses:
+        for place, step in zip(course.places, course.seen, strict=True):
+            found.setdefault(place, []).extend(step[2:])
+    steps = [np.array(found.get(place) or [1.0]) for place in range(max(found) + 1)]
+    return [round(float(one.mean()), 5) for one in steps], max(float(one.std() / one.mean()) for one in steps)

@@ -93,7 +93,7 @@ def _fill(made: nn.Module, named: Mapping[str, Tensor], file: Path, dtype: torch
 
 
 def _check_others(made: nn.Module, more: list[str], file: Path) -> None:
-    """Tensors that the model does not have. Some files have scraps beside it; parts of blocks are of a larger model."""
+    """Tensors that the model does not have. Some files have scraps beside; parts of blocks are of a larger model."""
     if not more:
         return
     name = type(made).__name__

@@ -101,6 +101,7 @@ def work(output: OmniRequestOutput, backend: str, config: dict[str, Any]) -> flo
     counts = sum((Counter(rank.counts) for rank in output.receipt.ranks), Counter[str]())
     if not counts["cache_forwards_skipped"]:
         return 1.0
-    look = policy_of(backend, config).look
+    one = {key: next(iter(v.values())) if isinstance(v, dict) else v for key, v in config.items()}  # of any component
+    look = policy_of(backend, one).look
     left_out = counts["cache_blocks_skipped"] / counts["cache_forwards_skipped"]
     return 1 - skipped(output) * left_out / (left_out + look.first + look.last)

@@ -117,7 +117,7 @@ def _is_wide(pipe: Any) -> bool:
 
 
 def _can_leave(config: EngineConfig) -> bool:
-    """Whether components of a pipeline object can take turns: on the CPU they are in no file, to be read from again."""
+    """Whether components of a pipeline object can take turns: on the CPU they are in no file to be read from."""
     if _device() == "cpu" or offloading.is_asked(config) or not resolve(config.model).denoisers:
         return False
     try:

@@ -57,11 +57,12 @@ class Active:
 class Decision:
     """What the feature `by` decided for one row of a call: its blocks were computed, or made up from earlier ones.
 
-    values: what was measured for it, if that was asked for.
+    step: of the call. values: what was measured for it, if that was asked for.
     """
 
     by: str
     row: int
+    step: int
     computed: bool
     values: tuple[float, ...] = ()
 

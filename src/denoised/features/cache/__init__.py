@@ -7,6 +7,7 @@ caches are in flight together; ranks that share a forward decide alike. Nothing 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
@@ -33,6 +34,7 @@ def apply(
     config: dict[str, Any] | None,
     *,
     group: Group | None,
+    component: str = "",
     calibration: dict[str, Any] | None = None,
     convoy: Group | None = None,
     gathers: Gathers | None = None,
@@ -45,12 +47,13 @@ def apply(
         convoy: ranks with rows of their own that gather weights together with this one; None: there are none.
         gathers: who gathers the weights of its blocks; None: they are whole.
         stages: of the model; None: it is not cut.
+        component: its name in the pipeline, by which values of settings may be given.
         calibration: settings by backend that were found for this very model; those of `config` go before.
 
     Raises:
         InvalidConfigError: the cache cannot act on this model, or its settings make no sense.
     """
-    policy = check(model, spec, backend, config, calibration=calibration)
+    policy = check(model, spec, backend, config, component=component, calibration=calibration)
     by_row = spec.declared and not spec.whole_calls
     ranks: dict[str, Any] = {"group": group, "convoy": convoy, "gathers": gathers, "stages": stages}
     Wrapping(model, _stacks(model, spec), policy, by_row=by_row, **ranks).wrap()
@@ -62,6 +65,7 @@ def check(
     backend: str,
     config: dict[str, Any] | None,
     *,
+    component: str = "",
     calibration: dict[str, Any] | None = None,
 ) -> Policy:
     """What `apply` refuses, with nothing changed; the cache with its settings."""
@@ -70,9 +74,25 @@ def check(
         hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(kinds()))}."
         raise InvalidConfigError(f"cache_backend={backend!r} is not known; {hint}")
     known = (calibration or {}).get(backend) or published(type(model).__name__, getattr(model, "config", {}), backend)
-    policy = policy_of(backend, {**known, **(config or {})})
+    own = [of_component(settings, component, spec.denoisers) for settings in (known, config or {})]
+    policy = policy_of(backend, own[0] | own[1])
     _check_blocks(model, spec, policy)
     return policy
+
+
+def of_component(settings: Mapping[str, Any], component: str, names: Sequence[str]) -> dict[str, Any]:
+    """Settings of one of the denoisers `names`: a value may be given by component. One that leaves it out is none.
+
+    Raises:
+        InvalidConfigError: a value names no denoiser.
+    """
+    by_name = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    for key, value in by_name.items():
+        problem = unknown_names(value, names, f"cache_config: {key} is given for a component, and")
+        if problem is not None:
+            raise InvalidConfigError(problem)
+    own = {key: value[component] for key, value in by_name.items() if component in value}
+    return {key: value for key, value in settings.items() if key not in by_name} | own
 
 
 def policy_of(backend: str, settings: dict[str, Any]) -> Policy:

@@ -114,7 +114,8 @@ class Computed:
     def run(self, forward: Callable[[], Any]) -> Any:
         output = forward()
         for call, rows in self._parts:
-            call.decisions += [Decision(by=self._policy.name, row=row, computed=True) for row in rows]
+            by, at = self._policy.name, call.step
+            call.decisions += [Decision(by=by, row=row, step=at, computed=True) for row in rows]
         return output
 
 

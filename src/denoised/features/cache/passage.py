@@ -6,6 +6,7 @@ forward is given up and run again for each group (`steps.forward.PartedError`), 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -158,8 +159,8 @@ class Passage:
                 state.seen = self._looked(unit)
             state.past, state.step = past, unit.call.step
             state.fixed = state.looked = state.front = None
-            told = [Decision(by=self._policy.name, row=r, computed=not self._skips, values=values) for r in unit.rows]
-            unit.call.decisions += told
+            told = functools.partial(Decision, by=self._policy.name, step=state.step, values=values)
+            unit.call.decisions += [told(row=row, computed=not self._skips) for row in unit.rows]
         count("cache_forwards_skipped" if self._skips else "cache_forwards_computed")
 
     def _keep(self) -> list[tuple[float, ...]]:
