@@ -23,6 +23,7 @@ from denoised.rules import validate
 from denoised.runtime import calibrations
 from denoised.runtime.budget import Measured, best, choices, choose
 from denoised.runtime.cache_report import inert
+from denoised.runtime.conditions import Conditions, sizes
 from denoised.runtime.likeness import pictures, psnr, ssim
 from denoised.runtime.measuring import skipped, work
 
@@ -158,6 +159,34 @@ def test_an_idle_cache_of_a_quality_is_told_without_settings_that_are_refused(tm
     assert "did not act" in note
     assert "ask for a lower quality, or ask for more steps" in note
     assert "cache_config" not in note
+
+
+def test_a_request_unlike_the_calibration_is_told(tmp_path: Path) -> None:
+    name = model(tmp_path, FOUND)
+    file = tmp_path / calibrations.FILE
+    then = Conditions(sizes=["64x64"], dtype="", quantization={"transformer": "int8"}, adapters=[])
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"conditions": dataclasses.asdict(then)}))
+    promise = calibrations.within(EngineConfig(model=name, quality={"ssim": 0.95}))[1]
+    assert promise is not None
+    plain = receipt(30, computed=15, skipped=15)
+    same = dataclasses.replace(plain, quantized=[{"component": "transformer", "method": "int8"}])
+    assert promise.onto(same, ["64x64"]).notes == promise.onto(same).notes == []
+    other = dataclasses.replace(plain, dtype="bfloat16", loras=[{"name": "ink", "scale": 0.5, "layers": 8}])
+    notes = promise.onto(other, ["64x96"]).notes
+    assert all(note.startswith("warning: quality={'ssim': 0.95} was measured ") for note in notes)
+    assert [note.split("measured ")[1].split(";")[0] for note in notes] == [
+        "at 64x64, and this request is 64x96",
+        "in , and this request is bfloat16",
+        "with transformer in int8, and this request has no quantization",
+        "with no adapter, and this request has adapter ink @ 0.5",
+    ]
+
+
+def test_sizes_of_pictures_and_videos_in_any_form() -> None:
+    frames = np.zeros((5, 32, 48, 3))
+    images = [Image.new("RGB", (48, 32)), frames[0], torch.zeros(3, 32, 48)]
+    output = OmniRequestOutput(request_id="0", prompt={"prompt": ""}, images=images, videos=[frames, list(frames)])
+    assert sizes(output) == ["48x32"] * 3 + ["48x32x5"] * 2
 
 
 def test_lossless_is_no_cache_and_needs_no_calibration() -> None:

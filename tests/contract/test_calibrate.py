@@ -16,6 +16,7 @@ from denoised.errors import InvalidConfigError, InvalidRequestError
 from denoised.features.cache import policy_of
 from denoised.features.cache.policies import kinds
 from denoised.runtime import calibrating, calibrations
+from denoised.runtime.conditions import Conditions
 from denoised.runtime.likeness import pictures, ssim
 from denoised.runtime.load import BUILTIN
 from tests.cli import denoised
@@ -197,11 +198,20 @@ def test_what_calibrate_saves_is_what_quality_goes_by(tmp_path: Path, monkeypatc
     (found,) = calibrations.measured(str(model))
     assert (found.num_steps, found.num_pictures, found.skipped, found.work) == (8, 2, 0.625, 0.5)
     assert found.worst <= found.ssim < 1
+    seen = calibrations.conditions(str(model))
+    assert seen == Conditions(sizes=["64x64"], dtype="float32", quantization={}, adapters=[])
     with Omni(str(model), num_threads=1, quality={"ssim": found.worst}) as omni:
         prompt = {"prompt": "a red circle", "negative_prompt": ""}
         params = OmniDiffusionSamplingParams(num_inference_steps=8, height=64, width=64, true_cfg_scale=4.0, seed=1)
         (output,) = omni.generate([prompt], params, use_tqdm=False)
+        (wide,) = omni.generate([prompt], dataclasses.replace(params, width=96, output_type="pt"), use_tqdm=False)
+    assert wide.receipt is not None
+    (note,) = wide.receipt.notes
+    assert note.endswith(
+        "measured at 64x64, and this request is 96x64; run `denoised calibrate` with the same to know."
+    )
     assert output.receipt is not None
+    assert output.receipt.notes == []
     assert output.receipt.quality is not None
     assert output.receipt.quality["cache_config"] == found.config
     assert output.receipt.quality["skipped"] == 0.625

@@ -15,6 +15,8 @@ import numpy as np
 from denoised.errors import InvalidConfigError, InvalidRequestError
 from denoised.outputs import OmniRequestOutput
 from denoised.request import OmniDiffusionSamplingParams, PromptDict
+from denoised.runtime import conditions
+from denoised.runtime.conditions import Conditions
 
 # What TeaCache can watch of a model.
 PROBES = ("input", "timestep")
@@ -27,7 +29,8 @@ class Fit:
     """Settings by backend, and how well they hold.
 
     probe: what was watched. num_points: steps of all rows. r2: the share of the changes' variance that the polynomial
-    explains. ratio_spread: the largest standard deviation of a step's ratio over rows, relative to it.
+    explains. ratio_spread: the largest standard deviation of a step's ratio over rows, relative to it. conditions:
+    under which the runs were made.
     """
 
     settings: dict[str, dict[str, Any]]
@@ -37,6 +40,7 @@ class Fit:
     num_points: int
     r2: float
     ratio_spread: float
+    conditions: Conditions | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,7 +90,8 @@ def calibrate(
     """
     watched = settings | {"cache_backend": "calibration", "cache_config": {"probe": probe}}
     (outputs,) = runs(prompts, [params], watched)
-    return fit([_courses(output) for output in outputs], degree=degree, probe=probe)
+    found = fit([_courses(output) for output in outputs], degree=degree, probe=probe)
+    return replace(found, conditions=conditions.of(outputs))
 
 
 def runs(
@@ -173,8 +178,8 @@ def fit(runs: Sequence[list[Course]], *, degree: int, probe: str) -> Fit:
 def _polynomial(points: Any, degree: int, component: str) -> Any:
     if len(points) < MIN_POINTS_A_COEFFICIENT * (degree + 1):
         raise InvalidRequestError(
-            f"num_inference_steps: {len(points)} steps of {component} are too few for a polynomial of degree {degree}; use "
-            "more steps or prompts, or a lower degree."
+            f"num_inference_steps: {len(points)} steps of {component} are too few for polynomials of degree {degree}; "
+            "use more steps or prompts, or a lower degree."
         )
     return np.polyfit(points[:, 0], points[:, 1], degree)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from denoised.outputs import Receipt
 from denoised.runtime import load
 from denoised.runtime.budget import Choice, Measured, best, choose
 from denoised.runtime.cache_report import inert
+from denoised.runtime.conditions import Conditions, of_receipt
 
 FILE = "calibration.json"
 
@@ -45,13 +47,20 @@ def measured(model: Any) -> list[Measured]:
     return _read(model)[1]
 
 
-def _read(model: Any) -> tuple[dict[str, Any], list[Measured]]:
+def conditions(model: Any) -> Conditions | None:
+    """Under what it was calibrated; None where the file does not say. Raises as `beside`."""
+    return _read(model)[2]
+
+
+def _read(model: Any) -> tuple[dict[str, Any], list[Measured], Conditions | None]:
     place = load.locate(str(model)) if isinstance(model, str | Path) else None
     if not isinstance(place, Path) or not (place / FILE).is_file():
-        return {}, []
+        return {}, [], None
     try:
         found = json.loads((place / FILE).read_text())
-        return dict(found["settings"]), [Measured(**entry) for entry in found.get("measured", ())]
+        told = found.get("conditions")
+        measured = [Measured(**entry) for entry in found.get("measured", ())]
+        return dict(found["settings"]), measured, Conditions(**told) if told else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{place / FILE} is no calibration ({one_line(error)}); run `denoised calibrate`.") from error
 
@@ -66,14 +75,16 @@ def write(place: Path, found: dict[str, Any], measured: list[Measured]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Promise:
-    """A quality that was asked for, and the cache that keeps to it; None: nothing is skipped."""
+    """A quality that was asked for, and the cache that keeps to it; None: nothing is skipped. conditions: under which
+    it was measured, if they are known."""
 
     asked: Any
     least: float
     choice: Choice | None
+    conditions: Conditions | None = None
 
-    def onto(self, receipt: Receipt) -> Receipt:
-        """The receipt with what was promised beside what was done."""
+    def onto(self, receipt: Receipt, sizes: Sequence[str] = ()) -> Receipt:
+        """The receipt with what was promised beside what was done. sizes: of the pictures."""
         told: dict[str, Any] = {"asked": self.asked, "ssim": self.least, "cache_backend": None}
         told |= {"expected": {"ssim": 1.0, "worst_ssim": 1.0, "skipped": 0.0}, "skipped": _skipped(receipt)}
         if self.choice is None:
@@ -82,17 +93,24 @@ class Promise:
         expected = {"ssim": known.ssim, "worst_ssim": known.worst, "skipped": known.skipped}
         told |= {"cache_backend": self.choice.backend, "cache_config": self.choice.config}
         told |= {"expected": expected | {"num_inference_steps": known.num_steps}}
-        return dataclasses.replace(receipt, quality=told, notes=[*_reworded(receipt), *self._doubts(receipt.steps)])
+        doubts = [*self._other_steps(receipt.steps), *self._other_conditions(of_receipt(receipt, sizes=sizes))]
+        return dataclasses.replace(receipt, quality=told, notes=[*_reworded(receipt), *doubts])
 
-    def _doubts(self, steps: int) -> list[str]:
+    def _other_steps(self, steps: int) -> Iterator[str]:
         assert self.choice is not None
         fewest, most = self.choice.num_steps[0], self.choice.num_steps[-1]
-        if fewest <= steps <= most:
-            return []
-        return [
-            f"warning: quality={self.asked!r} was measured at {fewest} to {most} steps, and this request has {steps}; "
-            "run `denoised calibrate --num-inference-steps` with as many to know."
-        ]
+        if not fewest <= steps <= most:
+            yield (
+                f"warning: quality={self.asked!r} was measured at {fewest} to {most} steps, and this request has "
+                f"{steps}; run `denoised calibrate --num-inference-steps` with as many to know."
+            )
+
+    def _other_conditions(self, now: Conditions) -> Iterator[str]:
+        for then, here in self.conditions.unlike(now) if self.conditions is not None else ():
+            yield (
+                f"warning: quality={self.asked!r} was measured {then}, and this request {here}; run `denoised "
+                "calibrate` with the same to know."
+            )
 
 
 def _reworded(receipt: Receipt) -> list[str]:
@@ -120,7 +138,8 @@ def within(config: EngineConfig) -> tuple[EngineConfig, Promise | None]:
     choice = _chosen(config, least) if least < 1 else None
     backend, settings = (choice.backend, choice.config) if choice is not None else (None, None)
     chosen = dataclasses.replace(config, quality=None, cache_backend=backend, cache_config=settings)
-    return chosen, Promise(asked=config.quality, least=least, choice=choice)
+    known = conditions(config.model) if choice is not None else None
+    return chosen, Promise(asked=config.quality, least=least, choice=choice, conditions=known)
 
 
 def _chosen(config: EngineConfig, least: float) -> Choice:

@@ -10,6 +10,7 @@ from denoised.errors import RequestAbortedError, RequestTimeoutError
 from denoised.outputs import OmniRequestOutput, Preview, Progress, Saved
 from denoised.request import Request
 from denoised.runtime.calibrations import Promise
+from denoised.runtime.conditions import sizes
 from denoised.runtime.failures import refused
 
 _log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Pending:
         if output.receipt is None or replica is None:
             return output
         receipt = dataclasses.replace(output.receipt, replica=replica, restarts=self.restarts)
-        receipt = promise.onto(receipt) if promise is not None else receipt
+        receipt = promise.onto(receipt, sizes(output)) if promise is not None else receipt
         return dataclasses.replace(output, receipt=receipt)
 
 
