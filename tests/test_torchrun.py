@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx2
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from denoised import Omni, OmniDiffusionSamplingParams
 from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError
 from denoised.rules import validate
@@ -73,13 +80,62 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "script.py"
     script.write_text(script_text)
-    number = str(num_ranks)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", number, str(script)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    arguments = [folder("qwen_image"), str(tmp_path / "out"), json.dumps(degrees)]
-    return subprocess.run(
-        command + arguments, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
+    command = _command(str(script), folder("qwen_image"), tmp_path / "out", json.dumps(degrees), num_ranks=num_ranks)
+    return subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=280, check=False)
+
+
+def _command(*arguments: object, num_ranks: int = 2) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    return launcher + [str(argument) for argument in arguments]
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+
+
+ULYSSES = ("shapes", "--ulysses-degree", 2, "--ulysses-mode", "advanced_uaa", "--num-threads", 1)
+
+
+def test_generate_writes_one_file_and_speaks_once(tmp_path: Path) -> None:
+    """From the command line, on two ranks that share each forward."""
+    asked = ("--model", *ULYSSES, "--num-inference-steps", 2, "--seed", 3, "--json", "-o", tmp_path / "out.png")
+    command = _command("-m", "denoised.cli", "generate", "a red circle", *asked)
+    result = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    said = json.loads(result.stdout)
+    assert said["outputs"] == [str(tmp_path / "out.png")]
+    assert [work["counts"]["all_to_all"] > 0 for work in said["receipt"]["ranks"]] == [True, True]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+    with Omni("shapes", num_threads=1) as alone:
+        params = OmniDiffusionSamplingParams(num_inference_steps=2, seed=3)
+        (expected,) = alone.generate("a red circle", params, use_tqdm=False)
+    picture = np.asarray(Image.open(tmp_path / "out.png"), dtype=int)
+    assert np.abs(picture - np.asarray(expected.images[0], dtype=int)).max() <= 1
+
+
+@pytest.mark.slow
+def test_serve_is_one_server_and_ends_on_a_signal(tmp_path: Path) -> None:
+    """Rank 0 serves what both ranks compute; the other holds no port, keeps nothing, and ends with it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = _command("-m", "denoised.cli", "serve", *ULYSSES, "--port", port)
+    with subprocess.Popen(
+        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            assert "2 ranks on cpu, ready after" in (line := server.stdout.readline()), (line, server.communicate())
+            body = {"prompt": "a red circle", "num_inference_steps": 2, "seed": 3}
+            answer = httpx2.post(f"http://127.0.0.1:{port}/v1/images/generations", json=body, timeout=60).json()
+            assert [work["counts"]["all_to_all"] > 0 for work in answer["receipt"]["ranks"]] == [True, True]
+            began = time.monotonic()
+            server.send_signal(signal.SIGTERM)
+            said, _ = server.communicate(timeout=60)
+        finally:
+            server.kill()
+    assert said == "", "the other rank says nothing"
+    assert time.monotonic() - began < 25, "torchrun had to kill a rank"
 
 
 @pytest.mark.parametrize(("axis", "forwards_each"), [("cfg_parallel_size", 3), ("tensor_parallel_size", 6)])

@@ -12,6 +12,7 @@ import typer
 
 from denoised.cli.flags import ENGINE, PARALLEL, SAMPLING, given, with_flags
 from denoised.cli.generate import engine_settings
+from denoised.cli.ranks import leads
 from denoised.config import EngineConfig
 from denoised.errors import InvalidRequestError
 from denoised.request import OmniDiffusionSamplingParams, PromptDict
@@ -85,14 +86,15 @@ def calibrate(
         raise InvalidRequestError(f"cache_backend={cache_backend!r}: must be one of {', '.join(BACKENDS)}.")
     settings = engine_settings({**dict.fromkeys(ENGINE), **values}) | {"model": model}
     validate(EngineConfig(**settings, cache_backend="calibration"))
-    place = calibrations.place(model) if save else None
+    place = calibrations.place(model) if save and leads() else None
     texts = _texts(prompts)
     asked = [_prompt(text, negative_prompt, image) for text in texts]
     params = OmniDiffusionSamplingParams(**given(SAMPLING, values))
     watched = calibrating.PROBES if probe is None else (probe,)
     found = calibrating.best(asked, params, degree=degree, probes=watched, settings=settings, say=_skip)
-    _report(found.as_dict())
-    if output is not None:
+    if leads():
+        _report(found.as_dict())
+    if output is not None and leads():
         output.write_text(json.dumps(found.settings[cache_backend], indent=2) + "\n")
     if place is not None:  # before what takes long, and what a model without pictures cannot have
         calibrations.write(place, found.as_dict(), [])
@@ -141,6 +143,8 @@ def _skip(probe: str, problem: str) -> None:
 
 
 def _say(one: Measured) -> None:
+    if not leads():
+        return
     settings = ", ".join(f"{name} {value}" for name, value in one.config.items())
     print(
         f"{one.backend} ({settings}), {one.num_steps} steps: {one.skipped:.0%} skipped, {one.work:.0%} of the blocks "

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from denoised.cli.flags import ENGINE, PARALLEL, SAMPLING, flags, given, with_flags
+from denoised.cli.ranks import leads
 from denoised.cli.scales import Scales
 from denoised.config import DiffusionParallelConfig, EngineConfig
 from denoised.errors import InvalidRequestError
@@ -54,7 +55,7 @@ def generate(
     """Make an image, a video or a sound from a prompt, and save it."""
     from denoised.media import files, images
 
-    if output is not None:
+    if output is not None and leads():  # other ranks write nothing, and may be on nodes that lack the folder
         files.check_target(output)
     settings = engine_settings(values)
     config = EngineConfig(**settings)
@@ -64,7 +65,8 @@ def generate(
     request = prompt_dict(prompt, prompt_flag, negative_prompt)
     pictures = [images.read(path, max_pixels=config.max_pixels) for path in image or ()]
     result, paths = _run(settings, request, pictures, params, scales, output)
-    _report(result, paths, as_json=as_json)
+    if leads():
+        _report(result, paths, as_json=as_json)
 
 
 def engine_settings(values: dict[str, Any]) -> dict[str, Any]:
@@ -109,11 +111,12 @@ def _run(
             converted = [picture.convert(engine.info.image_mode) for picture in pictures]
             request["multi_modal_data"] = {"image": converted if len(converted) > 1 else converted[0]}
         params = scales.onto(params, engine.info)
-        target = files.target_for(output, engine.info.kind, engine.info.pipeline)
-        [result] = engine.generate([request], params)
+        target = files.target_for(output, engine.info.kind, engine.info.pipeline) if leads() else None
+        [result] = engine.generate([request], params, use_tqdm=target is not None)
         if result.error is not None:
             raise InvalidRequestError(result.error)
-        return result, save(result, target, fps=params.fps, sample_rate=engine.info.sample_rate)
+        rate = engine.info.sample_rate
+        return result, save(result, target, fps=params.fps, sample_rate=rate) if target is not None else []
 
 
 def _report(result: OmniRequestOutput, paths: list[Path], *, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from denoised.cli.flags import ENGINE, PARALLEL, flags, given, with_flags
 from denoised.cli.generate import engine_settings
+from denoised.cli.ranks import follow, leads
 from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError
 from denoised.rules import validate
@@ -33,6 +34,9 @@ def serve(
     config = EngineConfig(**settings)
     validate(config)
     server = ServerConfig(**given(SERVER, values | {"api_key": _keys(values["api_key"])}))
+    if not leads():
+        follow(settings)
+        return
 
     from denoised.runtime.omni import AsyncOmni
     from denoised.server.run import serve as run

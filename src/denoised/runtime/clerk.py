@@ -47,6 +47,8 @@ class Clerk:
         # Where rank 0's program is ahead of this one, which has yet to ask.
         self._unclaimed: dict[str, OmniRequestOutput] = {}
         self._unclaimed_traces: list[list[str]] = []
+        self._may_be_late = self._replicas.torchrun is not None
+        self._over = threading.Event()
         self._pending: dict[str, Pending] = {}
         self._kept = Kept()
         self._broken: str | None = None
@@ -175,8 +177,8 @@ class Clerk:
         elif isinstance(event, Profiled) and self._traces is not None and self._traces.missing:
             self._traces.add(replica, event.paths)
         elif isinstance(event, LoraDone):
-            self._lora_orders.heard(replica, event, keeps=self._replicas.torchrun is not None)
-        elif isinstance(event, Profiled):
+            self._lora_orders.heard(replica, event, keeps=self._may_be_late)
+        elif isinstance(event, Profiled) and self._may_be_late:
             self._unclaimed_traces.append(event.paths)
 
     def _end(self, request_id: str, output: OmniRequestOutput, replica: int = 0) -> None:
@@ -187,7 +189,7 @@ class Clerk:
             output = entry.finished(output, None if self._replicas.follows else replica, self._promise)
             self._desk.ended(output, time.monotonic())
             self._tell(entry, output)
-        elif self._replicas.torchrun:
+        elif self._may_be_late:
             self._unclaimed[request_id] = output
         self._admit()
 
@@ -246,8 +248,13 @@ class Clerk:
         entry.tell(event)
         self._replicas.echo(event)
 
+    def _ask_nothing(self) -> None:
+        self._may_be_late = False
+        self._unclaimed.clear()
+
     def _fail_all(self, reason: str) -> None:
         self._broken = reason
+        self._over.set()
         for request_id in list(self._pending):
             self._fail(request_id, EngineError(reason))
         for replica in range(len(self._replicas.crews)):

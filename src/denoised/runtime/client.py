@@ -67,6 +67,12 @@ class Client(Clerk):
                 return
         listener(refused(request, EngineError("the engine is closed.")))
 
+    def follow(self) -> None:
+        """Under torchrun, beside rank 0: compute what its program asks, keep no output, return when it ends."""
+        assert torchrun_rank(), "only what is not rank 0 of torchrun has somebody to follow"
+        self._inbox.put(self._ask_nothing)
+        self._over.wait()
+
     def _enter(self, request: Request, bounded: bool) -> None:
         try:
             self._desk.intake.enter(request.request_id, self._desk.predict(request), bounded=bounded)
