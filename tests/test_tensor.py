@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from torch import nn
+from transformers import Ministral3Config, Ministral3ForCausalLM
 
+from denoised import hf
 from denoised.errors import InvalidConfigError
 from denoised.features import tensor
 from denoised.spec.model_spec import ModelSpec
@@ -20,11 +22,11 @@ from denoised.steps.tally import counted
 from tests.contract.support import REORDERED, difference, request_of, seed_of, tensors
 from tests.ranks import run_on_ranks
 from tests.tiny import ROWS, UPSTREAM_WARNINGS, checkpoint
+from tests.tiny.weights import randomize
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in UPSTREAM_WARNINGS]
 
 DENOISERS = ("transformer", "transformer_2", "unet")
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 _ROOT = Path(tempfile.mkdtemp(prefix="denoised-tensor-"))
 
 
@@ -67,12 +69,16 @@ Call = tuple[str, Any, Any, list[torch.Tensor]]
 
 
 def recorded(encoders: dict[str, nn.Module]) -> list[Call]:
-    """A list that fills with the encoders' calls: which one, with what, and what it gave."""
+    """A list that fills with the encoders' calls: which one, with what, and what it gave. What is being written, with
+    the keys of earlier words, cannot be called again."""
     calls: list[Call] = []
+
+    def record(name: str, args: Any, kwargs: Any, out: Any) -> None:
+        if kwargs.get("past_key_values") is None:
+            calls.append((name, args, kwargs, outputs(out)))
+
     for name, encoder in encoders.items():
-        encoder.register_forward_hook(
-            lambda m, args, kwargs, out, name=name: calls.append((name, args, kwargs, outputs(out))), with_kwargs=True
-        )
+        encoder.register_forward_hook(lambda m, *call, name=name: record(name, *call), with_kwargs=True)
     return calls
 
 
@@ -100,7 +106,7 @@ def spec_of(pipeline: Any) -> ModelSpec:
 def divided(rank: int, ranks: int, name: str, path: str) -> dict[str, Any]:
     """Differences, counts and shares of one row, with its denoisers and then its text encoders divided."""
     pipeline = load(path)
-    models, encoders = parts(pipeline, DENOISERS), parts(pipeline, ENCODERS)
+    models, encoders = parts(pipeline, DENOISERS), hf.text_encoders(pipeline)
     encoded = recorded(encoders)
     expected, embedded = run(pipeline, name), list(encoded)
     before, encoders_before = (sum(map(matrices, found.values())) for found in (models, encoders))
@@ -225,7 +231,7 @@ def refusals(rank: int, ranks: int, path: str) -> tuple[list[str], bool]:
     pipeline = load(path)
     before = {id(p): p.shape for p in pipeline.transformer.parameters()}
     told = [error(lambda: tensor.apply(pipeline.transformer, spec_of(pipeline), world()))]
-    for name, encoder in parts(pipeline, ENCODERS).items():
+    for name, encoder in hf.text_encoders(pipeline).items():
         if ranks not in tensor.allowed_degrees(encoder):
             told.append(error(lambda k=name, m=encoder: tensor.apply_encoder(m, world(), name=k)))
     return told, before == {id(p): p.shape for p in pipeline.transformer.parameters()}
@@ -307,17 +313,53 @@ def test_layers_of_unknown_use_are_refused() -> None:
         assert nothing == "tensor_parallel_size=2 would divide only 0% of the blocks of ModuleList; leave it at 1."
 
 
-def generated(rank: int, ranks: int, path: str) -> bool:
+def generated(rank: int, ranks: int, path: str | None) -> bool:
     """A divided language model writes what the whole one writes: its cache of keys has this rank's heads."""
-    encoder = load(path).text_encoder
+    encoder = _enhancer() if path is None else load(path).text_encoder
     tokens = torch.tensor([[5, 7, 11, 13]])
     whole = encoder.generate(tokens, max_new_tokens=6, do_sample=False)
     tensor.apply_encoder(encoder, world(), name="text_encoder")
     return torch.equal(whole, encoder.generate(tokens, max_new_tokens=6, do_sample=False))
 
 
+def _enhancer() -> Any:
+    """What ERNIE-Image's `pe` is: it rewrites prompts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Ministral3Config(vocab_size=64, num_key_value_heads=2, head_dim=8, pad_token_id=0, **sizes)
+    return randomize(Ministral3ForCausalLM(config), 1).eval()
+
+
 def test_a_divided_language_model_generates() -> None:
     assert all(run_on_ranks(generated, 2, str(checkpoint("qwen_image", _ROOT))))
+    assert all(run_on_ranks(generated, 2, None))
+
+
+def test_what_reads_text_is_told_by_what_it_is() -> None:
+    """Whatever it is called; encoders of pictures are others."""
+    assert hf.reads_text("pe", _enhancer())
+    found = {name: list(hf.text_encoders(load(str(checkpoint(name, _ROOT))))) for name in ("glm_image", "sd3")}
+    assert found["glm_image"] == ["text_encoder", "vision_language_encoder"]
+    assert found["sd3"] == ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    looks = load(str(checkpoint("hunyuan_video15_i2v", _ROOT))).image_encoder
+    assert not hf.reads_text("image_encoder", looks)
+
+
+def written(rank: int, ranks: int, path: str) -> tuple[float, float, int]:
+    """GLM-Image with its language model divided: the difference, its share, and its exchanges."""
+    pipeline = load(path)
+    expected = run(pipeline, "glm_image")
+    before = matrices(pipeline.vision_language_encoder)
+    tensor.apply_encoder(pipeline.vision_language_encoder, world(), name="vision_language_encoder")
+    with counted() as counts:
+        got = run(pipeline, "glm_image")
+    return difference(expected, got), matrices(pipeline.vision_language_encoder) / before, counts["all_reduce"]
+
+
+def test_a_divided_language_model_writes_the_same_coarse_picture() -> None:
+    for found, share, reduces in run_on_ranks(written, 2, str(checkpoint("glm_image", _ROOT))):
+        assert found == 0  # what it writes are numbers of a codebook
+        assert share < 0.57
+        assert reduces > 3 * 2 * 2  # of each word: attention and feed-forward of three layers
 
 
 def test_allowed_degrees() -> None:

@@ -48,11 +48,11 @@ OVER = {
 TRACES = {
     "ulysses": ("all_to_all",),
     "ring": ("ring_shift",),
-    "tensor": ("all_reduce",),
+    "tensor": ("tensor_sums",),
     "pipeline": ("blocks_run",),
     "hsdp": ("hsdp_all_gather",),
     "vae_patch": ("vae_tiles",),
-    "text_encoder_tp": ("all_reduce",),
+    "text_encoder_tp": ("encoder_sums",),
     "expert": ("experts",),
 }
 

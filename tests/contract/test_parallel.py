@@ -13,7 +13,7 @@ import pytest
 
 from denoised import DiffusionParallelConfig, Omni
 from denoised.errors import InvalidConfigError
-from tests.contract.parallel import TRACES, check, counts, degrees_of, run
+from tests.contract.parallel import TRACES, acted, check, counts, degrees_of, run
 from tests.contract.support import ORDER, REORDERED, as_omni, difference, folder, media, request_of
 
 # A sequence that nobody knows how to cut: the engine says so at start.
@@ -113,3 +113,14 @@ def test_what_cannot_act_is_refused(degrees: dict[str, Any], words: tuple[str, .
     with pytest.raises(InvalidConfigError) as caught:
         run("qwen_image", [0], **degrees)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_language_model_of_another_name_is_divided_too() -> None:
+    """GLM-Image's, which writes the coarse picture: its sums are counted on both ranks, on the way of a request."""
+    outputs = run("glm_image", [0, 1], cfg_parallel_size=2, text_encoder_tp_size=2)
+    check("glm_image", outputs, [0, 1])
+    acted(outputs, ("cfg", "text_encoder_tp"))
+    alone = run("glm_image", [0], cfg_parallel_size=2)
+    written = counts(outputs)[0]["encoder_sums"]
+    assert written > 100, "of the glyphs' encoder alone there are few"
+    assert counts(alone)[0]["encoder_sums"] == 0

@@ -20,10 +20,12 @@ from denoised.hf.pipelines import (
     execution_device,
     inner_pipelines,
     output_class,
+    reads_text,
     same_processors,
     set_config,
     stateful_components,
     subclasses,
+    text_encoders,
 )
 from denoised.hf.plans import PlanEntry, context_parallel_plan, converted_lora, declared_cuts
 from denoised.hf.quantized import Quantized, holds_parts, is_quantized, quantized_by
@@ -49,11 +51,13 @@ __all__ = [
     "output_class",
     "quantized_by",
     "quietly",
+    "reads_text",
     "route_warnings",
     "same_processors",
     "set_config",
     "stateful_components",
     "subclasses",
+    "text_encoders",
 ]
 
 expect_messages_of_imports()

@@ -26,6 +26,24 @@ def _is_component(part: Any) -> bool:
     return isinstance(part, nn.Module | SchedulerMixin)
 
 
+def text_encoders(pipeline: Any) -> dict[str, Any]:
+    """Name to module of all that reads text, each module once: by its name, or because its class takes tokens first.
+
+    Language models that write prompts or coarse pictures are among them, and encoders of pictures are not.
+    """
+    found = {id(part): (name, part) for name, part in reversed(components(pipeline).items()) if reads_text(name, part)}
+    return dict(reversed(found.values()))
+
+
+def reads_text(name: str, part: Any) -> bool:
+    """Whether a component is a text encoder."""
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    takes_tokens = isinstance(part, PreTrainedModel) and part.main_input_name == "input_ids"
+    return isinstance(part, nn.Module) and (takes_tokens or name.startswith("text_encoder"))
+
+
 def stateful_components(pipeline: Any) -> dict[str, Any]:
     """Components that carry state across the steps of one call: schedulers and guiders, not modules or tokenizers."""
     return {name: part for name, part in components(pipeline).items() if _is_stateful(part)}

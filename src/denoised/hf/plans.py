@@ -10,6 +10,10 @@ from typing import Any
 
 from denoised.hf.pipelines import components
 
+# A layer that is two in one, whose halves are multiplied, and the one that takes the product. Classes declare them
+# gathered and split again, because their own hooks would cut across the halves.
+_HALVES = {"gate_up_proj": "colwise_gather_output", "down_proj": "rowwise_split_input"}
+
 
 def declared_cuts(model: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
     """How a model's class says that tensor parallelism cuts its layers: path to (dimension of the weight, parts).
@@ -26,16 +30,20 @@ def declared_cuts(model: Any) -> dict[str, tuple[int, tuple[int, ...]]]:
 def _style(patterns: list[tuple[re.Pattern[str], Any]], path: str) -> Any:
     """The style of the first pattern that names the path, if it is one that divides a layer of a block."""
     style = next((style for pattern, style in patterns if pattern.fullmatch(path)), None)
-    return None if isinstance(style, str) and style not in ("colwise", "rowwise") else style
+    known = ("colwise", "rowwise", _HALVES.get(path.rpartition(".")[2]))
+    return None if isinstance(style, str) and style not in known else style
 
 
 def _cut(layer: Any, style: Any) -> tuple[int, tuple[int, ...]]:
     from diffusers.hooks.tensor_parallel import PackedRowwiseParallel
 
-    dim = int(style == "rowwise" or isinstance(style, PackedRowwiseParallel))
+    dim = int(style in ("rowwise", _HALVES["down_proj"]) or isinstance(style, PackedRowwiseParallel))
     length = layer.weight.shape[dim]
     declared: Any = getattr(layer, "_tp_packed_row_blocks" if dim else "_tp_packed_col_blocks", None)
-    shares = [1] if isinstance(style, str) else list(style.blocks or declared)
+    if isinstance(style, str):
+        shares = [1, 1] if style == _HALVES["gate_up_proj"] else [1]
+    else:
+        shares = list(style.blocks or declared)
     return dim, tuple(length * share // sum(shares) for share in shares)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from denoised.config import DiffusionParallelConfig
 
 
-def cut_problem(name: str, parallel: DiffusionParallelConfig, *, is_denoiser: bool) -> str | None:
+def cut_problem(name: str, parallel: DiffusionParallelConfig, *, is_denoiser: bool, is_encoder: bool) -> str | None:
     """Why ranks cannot share a component's weights, which are taken as they are, whole. None: they do not."""
-    if not is_denoiser and not name.startswith("text_encoder"):
+    if not is_denoiser and not is_encoder:
         return None
     field = "tensor_parallel_size" if is_denoiser else "text_encoder_tp_size"
     if getattr(parallel, field) > 1:

@@ -149,7 +149,7 @@ def _cut_denoiser(
 
 
 def _cut_encoders(pipe: Any, spec: ModelSpec, parallel: DiffusionParallelConfig, mesh: Mesh) -> None:
-    encoders = dict(text_encoders(pipe))
+    encoders = hf.text_encoders(pipe)
     if parallel.text_encoder_tp_size > 1 and not encoders:
         raise InvalidConfigError(
             f"text_encoder_tp_size={parallel.text_encoder_tp_size}: {spec.pipeline} has no text encoder; leave it "
@@ -176,7 +176,7 @@ def _place(
     if parallel.use_hsdp and mesh is not None:
         shards = mesh.equal_weights(num_copies=parallel.hsdp_replicate_size)
         gathers = {name: hsdp.apply(model, spec, shards, weights.fill) for name, model in denoisers.items()}
-        for _, encoder in text_encoders(pipe):
+        for encoder in hf.text_encoders(pipe).values():
             hsdp.apply(encoder, None, shards, weights.fill)
     if offload is None:
         first = mesh is None or mesh.rank == 0
@@ -235,15 +235,6 @@ def _vae(pipe: Any, spec: ModelSpec) -> nn.Module:
 def modules(pipe: Any) -> Iterator[nn.Module]:
     """All components with weights."""
     return (part for part in hf.components(pipe).values() if isinstance(part, nn.Module))
-
-
-def text_encoders(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of each text encoder, once."""
-    seen: set[int] = set()
-    for name, part in hf.components(pipe).items():
-        if name.startswith("text_encoder") and isinstance(part, nn.Module) and id(part) not in seen:
-            seen.add(id(part))
-            yield name, part
 
 
 def _check_denoisers(spec: ModelSpec, parallel: DiffusionParallelConfig) -> None:

@@ -64,7 +64,8 @@ def _check_existing(
             f"enable_cpu_offload and enable_layerwise_offload read weights from their files again on the CPU, and "
             f"those of {name} came quantized and stay mapped; leave them off."
         )
-    problem = cut_problem(name, config.parallel_config, is_denoiser=is_denoiser)
+    is_encoder = hf.reads_text(name, part)
+    problem = cut_problem(name, config.parallel_config, is_denoiser=is_denoiser, is_encoder=is_encoder)
     if problem is not None:
         raise InvalidConfigError(problem)
 

@@ -18,6 +18,9 @@ from denoised.spec.tensor import Layer, Plan
 
 __all__ = ["allowed_degrees", "apply", "apply_encoder", "cuts"]
 
+# What sums after divided layers are counted under, of denoisers and of text encoders.
+SUMS, ENCODER_SUMS = "tensor_sums", "encoder_sums"
+
 
 def apply(model: nn.Module, spec: ModelSpec, group: dist.ProcessGroup) -> None:
     """Divide a denoiser, in place. All ranks of the group hold the same whole weights before.
@@ -26,14 +29,14 @@ def apply(model: nn.Module, spec: ModelSpec, group: dist.ProcessGroup) -> None:
         InvalidConfigError: the degree does not divide the model, or the model's layers are not understood.
     """
     if group.size() > 1:
-        _divide(model, _plan(model, "tensor_parallel_size", type(model).__name__, group.size()), group)
+        _divide(model, _plan(model, "tensor_parallel_size", type(model).__name__, group.size()), group, SUMS)
 
 
 def apply_encoder(encoder: nn.Module, group: dist.ProcessGroup, *, name: str) -> None:
     """Divide a text encoder, in place; `name` is its component's, for errors. Raises as `apply` does."""
     if group.size() > 1:
         title = f"{name} ({type(encoder).__name__})"
-        _divide(encoder, _plan(encoder, "text_encoder_tp_size", title, group.size()), group)
+        _divide(encoder, _plan(encoder, "text_encoder_tp_size", title, group.size()), group, ENCODER_SUMS)
 
 
 def allowed_degrees(model: nn.Module, spec: ModelSpec | None = None) -> tuple[int, ...]:
@@ -76,14 +79,14 @@ def _read(model: nn.Module, setting: str, title: str) -> Plan:
     return plan
 
 
-def _divide(model: nn.Module, plan: Plan, group: dist.ProcessGroup) -> None:
+def _divide(model: nn.Module, plan: Plan, group: dist.ProcessGroup, counted: str) -> None:
     owners = {attention.path: attention for attention in plan.attentions}
     for layer in plan.layers:
         owner = next((owners[path] for path in owners if layer.path.startswith(f"{path}.")), None)
         shard = shards.shard_of(layer, owner, group.size(), group.rank())
         module = model.get_submodule(layer.path)
         shards.cut(module, shard)
-        forwards.exchange(module, shard, group)
+        forwards.exchange(module, shard, group, counted)
     for attention in plan.attentions:
         module = model.get_submodule(attention.path)
         shards.divide_numbers(module, attention, group.size())

@@ -13,18 +13,25 @@ from torch import Tensor, nn
 from denoised.spec import tensor as names
 from denoised.spec.tensor import Attention, Shard
 from denoised.steps.collectives import all_gather, all_reduce
+from denoised.steps.tally import count
 
 Group = dist.ProcessGroup
 
 
-def exchange(layer: nn.Module, shard: Shard, group: Group) -> None:
-    """Whatever a layer of this role needs from the other ranks."""
+def exchange(layer: nn.Module, shard: Shard, group: Group, counted: str) -> None:
+    """Whatever a layer of this role needs from the other ranks; `counted`: the name that its sums are counted under,
+    beside that of the collective, which others use too."""
     if shard.role == "row":
-        layer.register_forward_hook(lambda module, inputs, output: all_reduce(output, group))
+        layer.register_forward_hook(lambda module, inputs, output: _sum(output, group, counted))
     elif shard.role == "gathered":
         layer.register_forward_hook(lambda module, inputs, output: all_gather(output, group, dim=-1))
     elif shard.role == "norm":
         layer.forward = _Norm(layer, shard, group)
+
+
+def _sum(output: Tensor, group: Group, counted: str) -> Tensor:
+    count(counted)
+    return all_reduce(output, group)
 
 
 class _Norm:

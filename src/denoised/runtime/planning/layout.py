@@ -190,7 +190,10 @@ def _refused_by_table(layout: Layout, model: ModelFacts) -> str | None:
 def _came_problem(layout: Layout, model: ModelFacts) -> str | None:
     """Of weights that come quantized."""
     came, parallel = [part for part in model.components if part.came], layout.config()
-    problems = (cut_problem(part.name, parallel, is_denoiser=part.role == "denoiser") for part in came)
+    problems = (
+        cut_problem(part.name, parallel, is_denoiser=part.role == "denoiser", is_encoder=part.role == "encoder")
+        for part in came
+    )
     return next(filter(None, problems), None)
 
 

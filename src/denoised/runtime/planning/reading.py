@@ -184,7 +184,7 @@ def _denoiser(name: str, pipeline: Any, spec: ModelSpec, tokens: Tokens, latent:
 
 def _components(pipeline: Any, spec: ModelSpec) -> list[Component]:
     parts = {name: part for name, part in hf.components(pipeline).items() if isinstance(part, nn.Module)}
-    return [_component(name, part, _role(name, spec)) for name, part in parts.items()]
+    return [_component(name, part, _role(name, part, spec)) for name, part in parts.items()]
 
 
 def _component(name: str, part: nn.Module, role: Role) -> Component:
@@ -199,11 +199,11 @@ def _component(name: str, part: nn.Module, role: Role) -> Component:
     )
 
 
-def _role(name: str, spec: ModelSpec) -> Role:
+def _role(name: str, part: nn.Module, spec: ModelSpec) -> Role:
     """Encoders are those of text, which alone are divided."""
     if name in spec.denoisers:
         return "denoiser"
-    if name.startswith("text_encoder"):
+    if hf.reads_text(name, part):
         return "encoder"
     return "vae" if "vae" in name else "other"
 
