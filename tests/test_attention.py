@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.distributed import init_device_mesh
 
+from denoised.attention import ring
 from denoised.attention.kernels import attend, explicit, merge
 from denoised.attention.layout import Heads, Layout, length, start
 from denoised.attention.sharded import Axes, sequence_attention
@@ -93,6 +95,37 @@ def test_it_is_plain_attention(ring: int, ulysses: int) -> None:
             assert counts["sequence_attention"] == 1
             assert counts.get("all_to_all", 0) == (2 if ulysses > 1 else 0)
     assert any(counts.get("ring_shift") == 2 * (ring - 1) for _, counts in results) == (ring > 1)
+
+
+def order_of_events(rank: int, world_size: int) -> list[str]:
+    """What one attention over a ring does, in order."""
+    events: list[str] = []
+
+    class Watched(ring.Shift):
+        def __init__(self, *args: Any) -> None:
+            events.append("sent")
+            super().__init__(*args)
+
+        def wait(self) -> list[Tensor]:
+            events.append("waited")
+            return super().wait()
+
+    compute = ring._block
+
+    def watched(*args: Any) -> Any:
+        events.append("computed")
+        return compute(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ring, "Shift", Watched)
+        patch.setattr(ring, "_block", watched)
+        one_case(1, axes(world_size, 1))
+    return events
+
+
+def test_a_block_is_computed_while_the_next_one_travels() -> None:
+    for events in run_on_ranks(order_of_events, 3):
+        assert events == ["sent", "computed", "waited"] * 2 + ["computed"]
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 8, 23])

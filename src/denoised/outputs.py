@@ -12,7 +12,8 @@ from denoised.request import PromptDict
 class RankWork:
     """What one rank did for one request: denoiser forwards that ran there, rows in them, seconds.
 
-    `counts` says what features did inside: collectives and their bytes, tiles, gathered blocks. `idle_seconds` of
+    `counts` says which denoiser had how many of the rows, and what features did inside: collectives and their bytes,
+    tiles, gathered blocks. `idle_seconds` of
     `seconds` were spent waiting for other pipeline stages.
     """
 

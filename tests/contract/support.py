@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import shutil
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from diffusers import DiffusionPipeline
 
 from denoised import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams, OmniRequestOutput
 from denoised.request import PromptDict
+from denoised.spec.model_spec import ModelSpec
 from tests.tiny import ROWS, checkpoint
 from tests.tiny.row import Request
 
@@ -64,6 +68,7 @@ ORDER = list(MODELS)
 # Sums in another order, fp32: joined rows, or guidance branches of one batch run apart. Relative to the largest value.
 REORDERED = 1e-5
 EXACT = 0.0
+DENOISERS = ModelSpec(pipeline="").denoisers
 
 _ROOT = Path(tempfile.mkdtemp(prefix="denoised-contract-"))
 atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)  # ranks, which share it, end without this
@@ -97,6 +102,34 @@ def plain(name: str, request: Request, seed: int, output_type: str) -> list[torc
     torch.set_num_threads(1)
     result = pipeline(**request, generator=torch.Generator().manual_seed(seed), output_type=output_type)
     return tensors(next(getattr(result, n) for n in ("images", "frames", "video", "audios") if hasattr(result, n)))
+
+
+@functools.cache
+def rows_of(name: str, index: int) -> int:
+    """Rows that the plain pipeline's denoisers compute for a row's request: branches by images by steps."""
+    with rows_counted(name) as rows:
+        plain(name, request_of(name, index), seed_of(index), latent_type(name))
+    return rows.total()
+
+
+@contextlib.contextmanager
+def rows_counted(name: str) -> Iterator[Counter[str]]:
+    """Rows that each denoiser of the plain pipeline computes inside the block."""
+    pipeline, rows = _pipeline(folder(name)), Counter[str]()
+
+    def count(denoiser: str, args: Any, kwargs: Any) -> None:
+        rows[denoiser] += len([*args, *kwargs.values()][0])
+
+    parts = {n: part for n in DENOISERS if (part := getattr(pipeline, n, None)) is not None}
+    hooks = [
+        part.register_forward_pre_hook(lambda m, a, kw, n=n: count(n, a, kw), with_kwargs=True)
+        for n, part in parts.items()
+    ]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @functools.cache

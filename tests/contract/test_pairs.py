@@ -15,8 +15,19 @@ import torch
 
 from denoised import OmniRequestOutput
 from denoised.errors import InvalidConfigError
-from tests.contract.parallel import METHODS, acted, check, degrees_of, run, run_requests
-from tests.contract.support import REORDERED, _pipeline, difference, folder, media, plain, request_of, seed_of
+from tests.contract.parallel import METHODS, acted, check, dealt, degrees_of, run, run_requests
+from tests.contract.support import (
+    REORDERED,
+    _pipeline,
+    difference,
+    folder,
+    media,
+    plain,
+    request_of,
+    rows_counted,
+    rows_of,
+    seed_of,
+)
 from tests.tiny.row import Request
 
 # Double stream, single stream, cross-attention video with two experts, guidance in one batch.
@@ -82,19 +93,30 @@ def test_three_that_cannot_go_together() -> None:
 def _check(name: str, degrees: dict[str, Any], methods: tuple[str, ...]) -> None:
     """The right result, and the traces of all methods on every rank."""
     if "vae_patch" in methods:
-        outputs = _decoded(name, degrees)
+        outputs, rows = _decoded(name, degrees)
     else:
         outputs = run(name, [0, 1], **degrees)
-        check(name, outputs, [0, 1])
+        check(name, outputs, [0, 1], [*methods, *_implied(degrees)])
+        rows = [rows_of(name, index) for index in (0, 1)]
     acted(outputs, methods)
+    dealt(outputs, rows, degrees)
 
 
-def _decoded(name: str, degrees: dict[str, Any]) -> list[OmniRequestOutput]:
+def _implied(degrees: dict[str, Any]) -> list[str]:
+    """Methods that were added for others to act over."""
+    return ["tensor"] if degrees.get("tensor_parallel_size", 1) > 1 else []
+
+
+def _decoded(name: str, degrees: dict[str, Any]) -> tuple[list[OmniRequestOutput], list[int]]:
+    """The outputs, and the rows that each request has."""
     requests = [request_of(name, i) | TILED_SIZES[name] | {"num_inference_steps": 2} for i in (0, 1)]
-    outputs = run_requests(name, requests, output_type="pt", **degrees)
+    outputs, rows = run_requests(name, requests, output_type="pt", **degrees), []
     for index, (request, output) in enumerate(zip(requests, outputs, strict=True)):
-        assert difference(_tiled(name, request, index), media(output)) <= REORDERED
-    return outputs
+        with rows_counted(name) as counted:
+            expected = _tiled(name, request, index)
+        assert difference(expected, media(output)) <= REORDERED
+        rows.append(counted.total())
+    return outputs, rows
 
 
 def _tiled(name: str, request: Request, index: int) -> list[torch.Tensor]:

@@ -13,8 +13,8 @@ import pytest
 
 from denoised import DiffusionParallelConfig, Omni
 from denoised.errors import InvalidConfigError
-from tests.contract.parallel import TRACES, acted, check, counts, degrees_of, run
-from tests.contract.support import ORDER, REORDERED, as_omni, difference, folder, media, request_of
+from tests.contract.parallel import TRACES, acted, check, counts, dealt, degrees_of, run
+from tests.contract.support import ORDER, REORDERED, as_omni, difference, folder, media, request_of, rows_of
 
 # A sequence that nobody knows how to cut: the engine says so at start.
 NO_SEQUENCE = ("sana", "sdxl")
@@ -32,7 +32,7 @@ def test_every_row(name: str, method: str, record_property: Callable[[str, objec
         record_property("refused", str(caught.value))
         return
     outputs = run(name, [0, 1], **degrees)
-    check(name, outputs, [0, 1])
+    check(name, outputs, [0, 1], [method])
     for rank, counted in enumerate(counts(outputs)):
         assert all(counted[trace] > 0 for trace in TRACES[method]), (rank, counted)
 
@@ -56,9 +56,13 @@ def test_stages_count_their_own_blocks() -> None:
     ],
 )
 def test_triples_on_eight_ranks(name: str, methods: tuple[str, ...]) -> None:
-    outputs = run(name, [0], **degrees_of(*methods))
-    check(name, outputs, [0])
+    """Two requests in flight."""
+    degrees = degrees_of(*methods)
+    outputs = run(name, [0, 1], **degrees)
+    check(name, outputs, [0, 1], methods)
     assert len(counts(outputs)) == 8
+    acted(outputs, methods)
+    dealt(outputs, [rows_of(name, index) for index in (0, 1)], degrees)
 
 
 def test_no_text_encoder_to_share_is_refused() -> None:
@@ -117,9 +121,11 @@ def test_what_cannot_act_is_refused(degrees: dict[str, Any], words: tuple[str, .
 
 def test_a_language_model_of_another_name_is_divided_too() -> None:
     """GLM-Image's, which writes the coarse picture: its sums are counted on both ranks, on the way of a request."""
-    outputs = run("glm_image", [0, 1], cfg_parallel_size=2, text_encoder_tp_size=2)
-    check("glm_image", outputs, [0, 1])
+    degrees = degrees_of("cfg", "text_encoder_tp")
+    outputs = run("glm_image", [0, 1], **degrees)
+    check("glm_image", outputs, [0, 1], ["text_encoder_tp"])
     acted(outputs, ("cfg", "text_encoder_tp"))
+    dealt(outputs, [rows_of("glm_image", index) for index in (0, 1)], degrees)
     alone = run("glm_image", [0], cfg_parallel_size=2)
     written = counts(outputs)[0]["encoder_sums"]
     assert written > 100, "of the glyphs' encoder alone there are few"

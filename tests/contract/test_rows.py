@@ -11,6 +11,7 @@ import pytest
 from denoised import OmniRequestOutput
 from denoised.outputs import Progress
 from denoised.steps.task import Task
+from tests.contract.parallel import dealt
 from tests.contract.support import (
     EXACT,
     ORDER,
@@ -21,8 +22,11 @@ from tests.contract.support import (
     engine,
     latent_type,
     media,
+    plain,
     reference,
     request_of,
+    rows_counted,
+    rows_of,
     seed_of,
 )
 from tests.tiny import ROWS
@@ -155,6 +159,31 @@ def test_cfg_parallel(name: str, ranks: int) -> None:
     busy = [work for work in alone.receipt.ranks if work.forwards]
     assert len(busy) == min(ranks, row.branches), alone.receipt.ranks
     assert max(work.rows for work in busy) <= -(-sum(w.rows for w in busy) // len(busy)) + alone.receipt.steps
+
+
+@pytest.mark.parametrize("name", ["wan22_t2v", "wan22_i2v"])
+def test_both_experts_run(name: str) -> None:
+    """Each of the two has the rows that it has in the plain pipeline, on either side of the boundary."""
+    with rows_counted(name) as expected:
+        plain(name, request_of(name, 0), seed_of(0), latent_type(name))
+    with engine(name) as omni:
+        (output,) = ask(omni, name, [0], latent_type(name))
+    assert output.receipt is not None
+    counts = output.receipt.ranks[0].counts
+    assert {n: counts[f"rows_of_{n}"] for n in ("transformer", "transformer_2")} == expected
+    assert min(expected.values()) > 0
+
+
+def test_four_branches_on_four_ranks() -> None:
+    """LTX-2's: every rank has one of each step."""
+    with engine("ltx2", ranks=4, deterministic=True) as omni:
+        outputs = ask(omni, "ltx2", [0, 1], latent_type("ltx2"))
+        (alone,) = ask(omni, "ltx2", [0], latent_type("ltx2"))
+    for index, output in enumerate(outputs):
+        assert difference(reference("ltx2", index, latent_type("ltx2")), media(output)) <= REORDERED
+    assert alone.receipt is not None
+    assert [work.rows for work in alone.receipt.ranks] == [alone.receipt.steps] * 4
+    dealt(outputs, [rows_of("ltx2", index) for index in (0, 1)], {"cfg_parallel_size": 4})
 
 
 def forwards_by_rank(outputs: list[OmniRequestOutput]) -> list[int]:

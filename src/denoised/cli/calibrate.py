@@ -139,7 +139,8 @@ def _report(found: dict[str, Any]) -> None:
 
 
 def _skip(probe: str, problem: str) -> None:
-    print(f"--probe {probe} is skipped: {problem}", file=sys.stderr, flush=True)
+    if leads():
+        print(f"--probe {probe} is skipped: {problem}", file=sys.stderr, flush=True)
 
 
 def _say(one: Measured) -> None:

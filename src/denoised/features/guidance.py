@@ -238,6 +238,7 @@ class Guidance:
             work = self.work_of(task_id)
             work.forwards += 1
             work.rows += own
+            work.counts[f"rows_of_{_denoiser(pieces)}"] += own
             work.rows_joined += own if len(pieces) > 1 else 0
             work.seconds += seconds * own / total
             work.idle_seconds += idle * own / total
