@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from denoised.config import EngineConfig
 from denoised.outputs import Progress
 from denoised.request import Request
 from denoised.runtime import launch
-from denoised.runtime.cost import USUAL_STEPS, Cost, predict
-from denoised.runtime.model_info import ModelInfo
+from denoised.runtime.cost import USUAL_STEPS, Cost, predict, shape_of
+from denoised.runtime.model_info import ModelInfo, describe
 from denoised.runtime.scheduler import Scheduler
-from tests.contract.support import as_omni, difference, folder, media, plain, reference, request_of, seed_of
+from denoised.spec.registry import resolve
+from tests.contract.support import _pipeline, as_omni, difference, folder, media, plain, reference, request_of, seed_of
+from tests.tiny import ROWS
 
 NAME = "qwen_image"
 LONG = 30  # steps: more than anything else does meanwhile
@@ -302,6 +305,39 @@ def test_cost_is_tokens_times_branches_times_steps() -> None:
 )
 def test_cost_counts_guidance_where_it_acts(parameters: str, prompt: Any, params: Any, branches: int) -> None:
     assert cost(info(*parameters.split()), prompt, height=16, width=16, **params).per_step == branches
+
+
+def test_cost_has_the_branches_that_the_model_really_computes() -> None:
+    """Four of LTX-2 and three of Stable Diffusion 3.5, by what their pipelines do; and by each scale that turns one
+    off. The next request goes to the other replica, which has less to do."""
+    for name in ("ltx2", "sd3_skip_layer"):
+        pipeline = _pipeline(folder(name))
+        of = describe(pipeline, resolve(pipeline), model=name, device="cpu", dtype="float32", defaults={})
+        counts = {}
+        for kind, unguided in (("whole", False), ("plain", True)):
+            prompt, params = as_omni(request_of(name, 0, unguided), 0, "latent")
+            counts[kind] = shape_of(prompt, params, of).branches
+        assert counts == {"whole": ROWS[name].branches, "plain": 1}
+    prompt, params = as_omni(request_of("ltx2", 0), 0, "latent")
+    pipeline = _pipeline(folder("ltx2"))
+    of = describe(pipeline, resolve(pipeline), model="ltx2", device="cpu", dtype="float32", defaults={})
+    one_off = replace(params, extra_args=params.extra_args | {"stg_scale": 0.0, "audio_stg_scale": 0.0})
+    assert shape_of(prompt, one_off, of).branches == 3
+    assert shape_of(prompt, OmniDiffusionSamplingParams(), of).branches == 4, "of the class's own defaults"
+    size = {"num_inference_steps": 4, "height": 32, "width": 32, "num_frames": 5}
+    scales = [name for branch in of.branches for name in branch.parameters]
+    two, four = [
+        predict(Request(request_id="a", prompt=prompt, params=p, seed=0), of)
+        for p in (
+            OmniDiffusionSamplingParams(**size, extra_args=dict.fromkeys(scales, 0.0)),
+            OmniDiffusionSamplingParams(**size),
+        )
+    ]
+    scheduler = Scheduler(8, 2)
+    for request_id, of_request in (("four", four), ("two", two), ("next", two), ("last", two)):
+        scheduler.add(request_id, of_request)
+        scheduler.admit()
+    assert places(scheduler) == {"four": 0, "two": 1, "next": 1, "last": 0}
 
 
 def places(scheduler: Scheduler) -> dict[str, int | None]:

@@ -46,8 +46,8 @@ OVER = {
     "vae_patch": (("cfg", "ulysses", "ring", "tensor", "pipeline"), "cfg"),
     "text_encoder_tp": (("cfg", "ulysses", "ring", "tensor", "pipeline"), "cfg"),
 }
-# Methods that put sums in another order, or have matrices of other shapes, for which kernels sum otherwise. With hsdp it
-# is the place of a gathered weight in its cache line, by which kernels of the CPU round: on weights that lie alike,
+# Methods that put sums in another order, or have matrices of other shapes, for which kernels sum otherwise. With hsdp
+# it is the place of a gathered weight in its cache line, by which kernels of the CPU round: on weights that lie alike,
 # tests/test_hsdp.py has equal bytes. All others only say where and when something is computed.
 REORDERS = frozenset({"ulysses", "ring", "tensor", "expert", "vae_patch", "text_encoder_tp", "hsdp"})
 # What a method leaves in the counts of every rank that it acted on.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from denoised.request import OmniDiffusionSamplingParams, PromptDict, Request
 from denoised.runtime.model_info import ModelInfo
+from denoised.spec.model_spec import Branch
 
 # What most pipelines take where a request says nothing.
 USUAL_SIDE = 1024  # pixels
@@ -74,6 +75,17 @@ def _steps(params: OmniDiffusionSamplingParams) -> int:
 
 
 def _branches(prompt: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo) -> int:
+    """The two of guidance or the one without, and those that the model has beside them."""
+    return _guided(prompt, params, info) + sum(_runs(branch, params, info) for branch in info.branches)
+
+
+def _runs(branch: Branch, params: OmniDiffusionSamplingParams, info: ModelInfo) -> bool:
+    given = info.branch_defaults | params.extra_args
+    values = [given.get(name) for name in branch.parameters]
+    return any(value is not None and (branch.above is None or value > branch.above) for value in values)
+
+
+def _guided(prompt: PromptDict, params: OmniDiffusionSamplingParams, info: ModelInfo) -> int:
     """2 where guidance seems to act. Beside a scale of true guidance, the other one is an input of the model."""
     if "true_cfg_scale" in info.parameters:
         scale: float | None = params.true_cfg_scale

@@ -13,7 +13,7 @@ from denoised.checks import unknown_names
 from denoised.config import EngineConfig
 from denoised.errors import InvalidRequestError
 from denoised.request import OmniDiffusionSamplingParams, PromptDict
-from denoised.spec.model_spec import Kind, ModelSpec
+from denoised.spec.model_spec import Branch, Kind, ModelSpec
 
 # Fields that the engine itself acts on, or that reach the pipeline under another name.
 ENGINE_FIELDS = frozenset(
@@ -32,7 +32,7 @@ _USUAL_SIDE = 1024
 class ModelInfo:
     """A loaded model. `parameters` are the keywords of its `__call__`; `size_multiple` what sizes must
     divide by, `frame_multiple` what the number of frames less one must. `footprint`: runtime/room.py's, if there is a
-    limit."""
+    limit. `branch_defaults`: what its own `__call__` has for parameters of `branches`."""
 
     model: str
     pipeline: str
@@ -49,6 +49,8 @@ class ModelInfo:
     sample_rate: int | None = None
     image_mode: str = "RGB"
     footprint: Any = None
+    branches: tuple[Branch, ...] = ()
+    branch_defaults: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
 
     def complete(
@@ -74,14 +76,17 @@ def describe(
     pipeline: Any, spec: ModelSpec, *, model: str, device: str, dtype: str, defaults: dict[str, Any]
 ) -> ModelInfo:
     """The ModelInfo of a loaded pipeline."""
+    own = inspect.signature(type(pipeline).__call__).parameters
     return ModelInfo(
         model=model,
         pipeline=type(pipeline).__name__,
         kind=spec.kind,
-        parameters=frozenset(inspect.signature(type(pipeline).__call__).parameters),
+        parameters=frozenset(own),
         size_multiple=_size_multiple(pipeline, spec.packing),
         frame_multiple=1 if spec.chunked else _frame_multiple(pipeline),
         branching_config=branching_config(pipeline),
+        branches=spec.branches,
+        branch_defaults={name: own[name].default for one in spec.branches for name in one.parameters if name in own},
         needs_image=spec.needs_image,
         declared=spec.declared,
         exclusive=spec.exclusive,

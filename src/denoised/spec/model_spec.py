@@ -14,6 +14,17 @@ Kind = Literal["image", "video", "audio"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A guidance branch beside the usual two.
+
+    parameters: it is computed where one of these is above `above`, or is given at all if that is None.
+    """
+
+    parameters: tuple[str, ...]
+    above: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """One pipeline class of diffusers.
 
@@ -34,6 +45,7 @@ class ModelSpec:
     reads_modules: the pipeline reads off modules what a forward left there, so it runs on one rank.
     chunked: the pipeline makes whole chunks of frames, whatever number is asked for.
     packing: latents that the pipeline packs into one token, along each side; 1: the denoiser's own patch says it.
+    branches: guidance branches beside the usual two.
     defaults: sampling parameters that the class's own defaults leave open.
     stacks: the denoiser's block lists in order of execution, where that is not the order of definition.
     uncached: stacks that caches always compute: not only the next block uses what their blocks give.
@@ -60,6 +72,7 @@ class ModelSpec:
     packing: int = 1
     needs_image: bool = False
     declared: bool = True
+    branches: tuple[Branch, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
     stacks: tuple[str, ...] = ()
     uncached: tuple[str, ...] = ()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from denoised.spec.model_spec import ModelSpec
+from denoised.spec.model_spec import Branch, ModelSpec
 
 SPECS = (
     ModelSpec(
-        pipeline="StableDiffusion3Pipeline", models=("Stable-Diffusion-3.5",), shared=frozenset({"skip_layers"})
+        pipeline="StableDiffusion3Pipeline",
+        models=("Stable-Diffusion-3.5",),
+        branches=(Branch(parameters=("skip_guidance_layers",)),),
+        shared=frozenset({"skip_layers"}),
     ),
 )
