@@ -2,183 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from diffusers import (
-    AutoencoderDC,
-    AutoencoderKL,
-    AutoencoderKLCogVideoX,
-    AutoencoderKLFlux2,
-    AutoencoderKLHunyuanVideo15,
-    AutoencoderKLLTX2Audio,
-    AutoencoderKLLTX2Video,
-    AutoencoderKLLTXVideo,
-    AutoencoderKLMagvit,
-    AutoencoderKLQwenImage,
-    AutoencoderKLWan,
-    AutoencoderOobleck,
-)
+from diffusers import AutoencoderKLCosmos, AutoencoderKLLTX2Audio, AutoencoderVidTok
 from torch import Tensor, nn
 
 from denoised.errors import InvalidConfigError
 from denoised.features import vae_patch
 from denoised.features.vae_patch.sizes import resize
 from denoised.steps.tally import counted
+from tests.autoencoders import CASES, Case, dc, hunyuan_refiner, kl, ltx, oobleck
 from tests.ranks import run_on_ranks
 from tests.tiny import UPSTREAM_WARNINGS
-from tests.tiny.weights import randomize
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in UPSTREAM_WARNINGS]
-
-STAGES = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """`latents` and `pixels`: shapes without the batch. `tile`: pixels. `tiles`: of one decode and one encode."""
-
-    build: Callable[[], nn.Module]
-    latents: tuple[int, ...]
-    pixels: tuple[int, ...]
-    tile: int
-    tiles: tuple[int, int]
-    batch: int = 2
-
-
-def kl(**config: Any) -> nn.Module:
-    return _image_vae(AutoencoderKL, use_quant_conv=True, use_post_quant_conv=True, **config)
-
-
-def flux2() -> nn.Module:
-    return _image_vae(AutoencoderKLFlux2)
-
-
-def _image_vae(cls: Any, **config: Any) -> nn.Module:
-    vae = cls(
-        down_block_types=("DownEncoderBlock2D",) * STAGES,
-        up_block_types=("UpDecoderBlock2D",) * STAGES,
-        block_out_channels=(8,) * STAGES,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=32,
-        **config,
-    )
-    return randomize(vae, 1)
-
-
-def qwen_image() -> nn.Module:
-    vae = AutoencoderKLQwenImage(
-        base_dim=4, z_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True]
-    )
-    return randomize(vae, 2)
-
-
-def wan(**config: Any) -> nn.Module:
-    vae = AutoencoderKLWan(
-        base_dim=4, z_dim=8, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], **config
-    )
-    return randomize(vae, 3)
-
-
-def wan_in_patches() -> nn.Module:
-    return wan(patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
-
-
-def ltx(**config: Any) -> nn.Module:
-    vae = AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8,) * 4,
-        decoder_block_out_channels=(8,) * 4,
-        layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5,
-        spatio_temporal_scaling=(True, True, False, False),
-        decoder_spatio_temporal_scaling=(True, True, False, False),
-        upsample_residual=(False,) * 4,
-        upsample_factor=(1,) * 4,
-        patch_size=1,
-        **{"decoder_inject_noise": (False,) * 5} | config,
-    )
-    return randomize(vae, 4)
-
-
-def ltx_by_frames() -> nn.Module:
-    vae: Any = ltx()
-    vae.use_framewise_encoding = vae.use_framewise_decoding = True
-    vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 8, 4
-    return vae
-
-
-def ltx2() -> nn.Module:
-    vae = AutoencoderKLLTX2Video(
-        latent_channels=8,
-        block_out_channels=(8,),
-        down_block_types=("LTX2VideoDownBlock3D",),
-        decoder_block_out_channels=(8,),
-        layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        spatio_temporal_scaling=(True,),
-        decoder_spatio_temporal_scaling=(True,),
-        decoder_inject_noise=(False, False),
-        downsample_type=("spatiotemporal",),
-        upsample_type=("spatiotemporal",),
-        upsample_residual=(False,),
-        upsample_factor=(1,),
-        patch_size=2,
-    )
-    return randomize(vae, 5)
-
-
-def hunyuan_video() -> nn.Module:
-    vae = AutoencoderKLHunyuanVideo15(
-        latent_channels=4,
-        block_out_channels=(32, 32, 32),
-        layers_per_block=1,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=4,
-    )
-    return randomize(vae, 6)
-
-
-def dc() -> nn.Module:
-    vae = AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=2,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-    )
-    return randomize(vae, 7)
-
-
-CASES = {
-    "kl": Case(build=kl, latents=(4, 20, 13), pixels=(3, 80, 52), tile=32, tiles=(12, 12)),
-    "flux2": Case(build=flux2, latents=(4, 20, 13), pixels=(3, 80, 52), tile=32, tiles=(12, 12)),
-    "qwen_image": Case(build=qwen_image, latents=(8, 1, 20, 13), pixels=(3, 1, 80, 52), tile=32, tiles=(12, 12)),
-    "wan": Case(build=wan, latents=(8, 3, 10, 7), pixels=(3, 9, 80, 56), tile=32, tiles=(12, 12)),
-    "wan_in_patches": Case(
-        build=wan_in_patches, latents=(8, 2, 10, 7), pixels=(3, 5, 160, 112), tile=64, tiles=(12, 4)
-    ),
-    "ltx": Case(build=ltx, latents=(8, 2, 20, 13), pixels=(3, 5, 80, 52), tile=32, tiles=(6, 6)),
-    "ltx_by_frames": Case(
-        build=ltx_by_frames, latents=(8, 4, 20, 13), pixels=(3, 13, 80, 52), tile=32, tiles=(24, 24)
-    ),
-    "ltx2": Case(build=ltx2, latents=(8, 2, 20, 13), pixels=(3, 5, 80, 52), tile=32, tiles=(6, 6)),
-    "hunyuan_video": Case(  # its own attention takes one video at a time
-        build=hunyuan_video, latents=(4, 2, 20, 13), pixels=(3, 5, 80, 52), tile=32, tiles=(12, 12), batch=1
-    ),
-    "dc": Case(build=dc, latents=(4, 40, 26), pixels=(3, 80, 52), tile=16, tiles=(24, 24)),
-}
 
 
 def random(*shape: int) -> Tensor:
@@ -187,9 +28,8 @@ def random(*shape: int) -> Tensor:
 
 def tensor(output: Any) -> Tensor:
     """Of `decode` or `encode`."""
-    if "sample" in output:
-        return output.sample
-    return output.latent if "latent" in output else output.latent_dist.parameters
+    value = next(output[name] for name in ("sample", "latent", "latents", "latent_dist") if name in output)
+    return value if isinstance(value, Tensor) else next(v for v in vars(value).values() if isinstance(v, Tensor))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,10 +59,15 @@ def pair(case: Case) -> tuple[Any, Any]:
     """The VAE's own tiling, and the same VAE with its tiles dealt."""
     plain: Any = case.build()
     plain.enable_tiling()
-    resize(plain, case.tile)
+    if case.tile is not None:
+        resize(plain, case.tile)
     dealt: Any = case.build()
     vae_patch.apply(dealt, dist.group.WORLD, tile_size=case.tile)
     return plain, dealt
+
+
+def _marked(name: str) -> Any:
+    return pytest.param(name, marks=() if CASES[name].usual else pytest.mark.slow)
 
 
 def both_ways(rank: int, world_size: int, name: str, slicing: bool) -> list[Measured]:
@@ -232,15 +77,15 @@ def both_ways(rank: int, world_size: int, name: str, slicing: bool) -> list[Meas
         for vae in vaes:
             vae.enable_slicing()
     batch = 2 if slicing else case.batch
-    values = {"decode": random(batch, *case.latents), "encode": random(batch, *case.pixels)}
-    return [measure(method, *vaes, value) for method, value in values.items()]
+    shapes = {"decode": case.latents, "encode": case.pixels}
+    return [measure(method, *vaes, random(batch, *shape)) for method, shape in shapes.items() if shape]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [_marked(name) for name in CASES])
 @pytest.mark.parametrize(("num_ranks", "slicing"), [(2, False), (3, True)])
 def test_equal_and_shared(name: str, num_ranks: int, slicing: bool) -> None:
     ranks = run_on_ranks(both_ways, num_ranks, name, slicing)
-    for way, total in enumerate(CASES[name].tiles):
+    for way, total in enumerate(filter(None, CASES[name].tiles)):
         measured = [of_rank[way] for of_rank in ranks]
         tiles = [m.tiles for m in measured]
         assert {m.difference for m in measured} == {0.0}
@@ -255,14 +100,17 @@ def small_pictures(rank: int, world_size: int) -> list[Measured]:
     one = [measure("decode", plain, dealt, random(1, 8, 3, 4, 4))]
     for vae in (plain, dealt):
         vae.enable_slicing()
-    return [*one, measure("decode", plain, dealt, random(3, 8, 3, 4, 4))]
+    several = measure("decode", plain, dealt, random(3, 8, 3, 4, 4))
+    return [*one, several, measure("decode", *pair(CASES["kl"]), random(1, 4, 6, 12))]
 
 
 def test_a_picture_of_one_tile_runs_whole_and_several_are_dealt() -> None:
-    for single, several in run_on_ranks(small_pictures, 3):
-        assert (single.difference, several.difference) == (0.0, 0.0)
+    """Also when there are fewer than ranks: then the last of them waits for the others."""
+    for rank, (single, several, two) in enumerate(run_on_ranks(small_pictures, 3)):
+        assert (single.difference, several.difference, two.difference) == (0.0, 0.0, 0.0)
         assert (single.whole, single.tiles, single.gathers) == (1, 0, 0)
         assert (several.whole, several.tiles, several.gathers) == (0, 1, 2)
+        assert (two.whole, two.tiles, two.gathers) == (0, int(rank < 2), 2)
 
 
 def own_tile_size(rank: int, world_size: int) -> tuple[Measured, dict[str, Any]]:
@@ -279,34 +127,20 @@ def test_the_vae_keeps_its_own_tile_size_by_default() -> None:
         assert (measured.difference, measured.tiles) == (0.0, 6)
 
 
-def cog_video() -> nn.Module:
-    stages = ("CogVideoXDownBlock3D",) * 2, ("CogVideoXUpBlock3D",) * 2
-    return AutoencoderKLCogVideoX(
-        down_block_types=stages[0], up_block_types=stages[1], block_out_channels=(8, 8), norm_num_groups=4
-    )
-
-
-def magvit() -> nn.Module:
-    """Its convolutions keep the last frames of what went through them."""
-    vae = AutoencoderKLMagvit(
-        latent_channels=4,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("SpatialDownBlock3D",) + ("SpatialTemporalDownBlock3D",) * 3,
-        up_block_types=("SpatialUpBlock3D",) + ("SpatialTemporalUpBlock3D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    return randomize(vae, 9)
-
-
-def oobleck() -> nn.Module:
-    return AutoencoderOobleck(
-        encoder_hidden_size=8, downsampling_ratios=[2, 4], channel_multiples=[1, 2], decoder_channels=8
-    )
+def vid_tok() -> nn.Module:
+    """Its convolutions keep the last frames of what went through them, and nothing says when a tile ends."""
+    return AutoencoderVidTok(ch=32, ch_mult=[1, 1, 1, 1], num_res_blocks=1)
 
 
 def ltx2_audio() -> nn.Module:
     return AutoencoderKLLTX2Audio(base_channels=8, ch_mult=(1, 2), num_res_blocks=1, mel_bins=8)
+
+
+def cosmos() -> nn.Module:
+    """Has the switch, and no method that asks for it."""
+    return AutoencoderKLCosmos(
+        encoder_block_out_channels=(8, 8), decode_block_out_channels=(8, 8), attention_resolutions=(8,), num_layers=1
+    )
 
 
 def ltx_with_noise() -> nn.Module:
@@ -314,10 +148,11 @@ def ltx_with_noise() -> nn.Module:
 
 
 REFUSED = {
-    "oobleck": (oobleck, "vae_patch_parallel_size=2: AutoencoderOobleck has no tiled_decode"),
-    "ltx2_audio": (ltx2_audio, "vae_patch_parallel_size=2: AutoencoderKLLTX2Audio has no tiled_decode"),
+    "ltx2_audio": (ltx2_audio, "vae_patch_parallel_size=2: AutoencoderKLLTX2Audio cannot tile"),
+    "cosmos": (cosmos, "vae_patch_parallel_size=2: AutoencoderKLCosmos cannot tile"),
     "ltx_with_noise": (ltx_with_noise, "the decoder of this AutoencoderKLLTXVideo draws noise"),
-    "cog_video": (cog_video, "tiles of AutoencoderKLCogVideoX cannot be dealt"),
+    "vid_tok": (vid_tok, "tiles of AutoencoderVidTok cannot be dealt (it keeps features of a tile on its modules"),
+    "refiner": (hunyuan_refiner, "(its own tiled decode gives a picture of another size)"),
 }
 
 
@@ -326,7 +161,8 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
     alone = dist.new_group([0])
     if rank == 0:
         messages["alone"] = message(kl(), alone)
-    return messages | {"tile_size": message(kl(), tile_size=40), "tile_size_dc": message(dc(), tile_size=4)}
+    sizes = {"": (kl, 40), "_dc": (dc, 4), "_oobleck": (oobleck, 64)}
+    return messages | {f"tile_size{of}": message(build(), tile_size=size) for of, (build, size) in sizes.items()}
 
 
 def message(vae: nn.Module, group: Any = None, tile_size: int | None = None) -> str:
@@ -344,16 +180,25 @@ def test_what_cannot_be_dealt_is_refused_with_the_way_out() -> None:
         assert messages[name].endswith("use vae_patch_parallel_size=1.")
     assert messages["alone"].startswith("vae_patch_parallel_size=1: one rank has nobody")
     assert messages["tile_size"] == "tile_size=40: tiles of AutoencoderKL are multiples of 16 pixels; use 32."
+    assert messages["tile_size_oobleck"] == "tile_size=64: tiles of AutoencoderOobleck have no sides; leave it out."
     assert messages["tile_size_dc"] == "tile_size=4: tiles of AutoencoderDC are multiples of 16 pixels; use 16."
+
+
+def test_the_tiling_that_is_refused_as_broken_still_is() -> None:
+    vae: Any = hunyuan_refiner()
+    vae.enable_tiling()
+    resize(vae, 32)
+    with torch.no_grad():
+        assert vae.decode(random(1, 4, 1, 10, 10)).sample.shape[-2:] != (40, 40)
 
 
 def failures(rank: int, world_size: int) -> list[str]:
     """A decoder that fails on one rank, and one whose tiles depend on each other."""
-    broken, chained = kl(), magvit()
+    broken, chained = kl(), kl()
     forward = broken.decoder.forward
     broken.decoder.forward = lambda x: forward(x) if rank != 1 else forward(x.flatten())
-    latents = {broken: (1, 4, 20, 13), chained: (1, 4, 2, 10, 7)}
-    return [failure(vae, random(*shape)) for vae, shape in latents.items()]
+    chained.decoder.conv_in.register_forward_hook(lambda module, args, output: setattr(module, "kept", output))
+    return [failure(vae, random(1, 4, 20, 13)) for vae in (broken, chained)]
 
 
 def failure(vae: Any, latents: Tensor) -> str:

@@ -29,10 +29,13 @@ from denoised.hf.pipelines import (
 )
 from denoised.hf.plans import PlanEntry, context_parallel_plan, converted_lora, declared_cuts
 from denoised.hf.quantized import Quantized, holds_parts, is_quantized, quantized_by
+from denoised.hf.vaes import asks_itself, broken_tiling, keeps_features, wrap_forgetting
 
 __all__ = [
     "PlanEntry",
     "Quantized",
+    "asks_itself",
+    "broken_tiling",
     "changes_modules",
     "class_names",
     "components",
@@ -46,6 +49,7 @@ __all__ = [
     "holds_parts",
     "inner_pipelines",
     "is_quantized",
+    "keeps_features",
     "kept_in_float32",
     "opening_weights",
     "output_class",
@@ -58,6 +62,7 @@ __all__ = [
     "stateful_components",
     "subclasses",
     "text_encoders",
+    "wrap_forgetting",
 ]
 
 expect_messages_of_imports()

@@ -4,7 +4,6 @@ checkpoint is one clear sentence before any rank starts. Weights are safetensors
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import struct
@@ -250,21 +249,13 @@ def _configured(pipeline: Any, config: EngineConfig) -> Any:
     for setting, flag in (("vae_use_slicing", "use_slicing"), ("vae_use_tiling", "use_tiling")):
         if getattr(config, setting):
             vae = getattr(pipeline, "vae", None)
-            if not (hasattr(vae, flag) and _asks_itself(vae, flag)):
+            if not hf.asks_itself(vae, flag):
                 raise InvalidConfigError(
                     f"{setting}=True: the VAE of {type(pipeline).__name__} ({type(vae).__name__}) cannot do that; "
                     "leave it out."
                 )
             setattr(vae, flag, True)
     return pipeline
-
-
-def _asks_itself(vae: Any, flag: str) -> bool:
-    """Whether a method that computes looks at the flag: some classes have it and never ask."""
-    switches = ("__init__", "enable_tiling", "disable_tiling", "enable_slicing", "disable_slicing")
-    methods = [(name, method) for cls in type(vae).__mro__ for name, method in vars(cls).items()]
-    codes = [inspect.unwrap(m).__code__ for name, m in methods if inspect.isfunction(m) and name not in switches]
-    return any(flag in code.co_names for code in codes)
 
 
 def _refuse_unless(possible: bool, setting: str, pipeline: Any) -> None:

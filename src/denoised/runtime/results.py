@@ -155,7 +155,7 @@ def _inert(work: list[Work]) -> list[str]:
     """What was asked for and had nothing to act on in this request."""
     if not any(did.counts["vae_patch_single_tile"] for did in work):
         return []
-    return ["vae_patch_parallel_size did not act: the picture is fewer tiles of this VAE than ranks; each decoded it."]
+    return ["vae_patch_parallel_size did not act: the picture is one tile of this VAE; every rank computed it."]
 
 
 def _unkept(flight: InFlight) -> list[str]:

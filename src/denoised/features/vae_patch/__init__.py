@@ -1,8 +1,9 @@
 """VAE tiles dealt to ranks. Tiling itself, its overlaps and its blending, stays the VAE's own.
 
 The VAE's `encode` or `decode` runs twice. First to list: its encoder and decoder note what they are called with and
-answer with an empty tensor, which costs nothing and is cut and blended to nothing. Then each rank computes its share
-of the list, all tiles are exchanged, and the second run finds them as if it had just computed them.
+answer with a stand-in, which costs nothing and is cut and blended to nothing. Then each rank computes its share of the
+list, all tiles are exchanged, and the second run finds them as if it had just computed them. The frames of a tile, of
+which each needs the features of those before, stay together.
 
 Knows nothing of models. Needs ranks that make the same calls with the same arguments.
 """
@@ -10,26 +11,33 @@ Knows nothing of models. Needs ranks that make the same calls with the same argu
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from denoised import hf
 from denoised.errors import InvalidConfigError, one_line
 from denoised.features.vae_patch.exchange import compute
 from denoised.features.vae_patch.listing import Desk, quiet, tiles_of
 from denoised.features.vae_patch.sizes import resize
+from denoised.features.vae_patch.standins import FORMS
 from denoised.steps.collectives import Group
 from denoised.steps.tally import count
 
 FIELD = "vae_patch_parallel_size"
 WAY_OUT = f"use {FIELD}=1"
+# In which a config has the number of channels of latents.
+CHANNELS = ("latent_channels", "z_dim", "z_channels", "decoder_input_channels")
+# Frames, height and width of latents that show how a VAE calls its decoder; the larger for one of whole tiles only.
+SMALL = ((2, 2, 2), (8, 8, 8), (8, 64, 64))
 
 
 def apply(vae: nn.Module, group: Group, tile_size: int | None = None) -> None:
     """Enable tiling, and deal the tiles of `encode` and `decode` to `group`.
 
-    A picture of fewer tiles than ranks is computed whole on each rank, and counted as "vae_patch_single_tile".
+    A picture of one tile is computed whole on each rank, and counted as "vae_patch_single_tile".
 
     Args:
         tile_size: side of a tile in pixels; strides and overlaps keep their ratio to it. None: the VAE's own. Smaller
@@ -43,6 +51,7 @@ def apply(vae: nn.Module, group: Group, tile_size: int | None = None) -> None:
     if tile_size is not None:
         resize(vae, tile_size)
     desk = Desk()
+    desk.forget = hf.wrap_forgetting(vae, desk.forgot)
     for name, child in vae.named_children():
         forward = desk.part(child) if name in ("encoder", "decoder") else quiet(child.forward)
         child.__dict__["forward"] = forward
@@ -59,7 +68,7 @@ def _dealt(method: Any, desk: Desk, group: Group) -> Any:
         run = functools.partial(method, *args, **kwargs)
         calls = desk.listed(run)
         tiles = tiles_of(calls)
-        if len(tiles) < group.size():
+        if len(tiles) < 2:
             count("vae_patch_single_tile")
             return run()
         return desk.found(run, compute(calls, tiles, group))
@@ -71,8 +80,13 @@ def _check(vae: nn.Module, group: Group) -> None:
     name, size, config = type(vae).__name__, group.size(), getattr(vae, "config", {})
     if size < 2:
         raise InvalidConfigError(f"{FIELD}={size}: one rank has nobody to deal tiles of {name} to; use at least 2.")
-    if not hasattr(vae, "tiled_decode") or not isinstance(getattr(vae, "decoder", None), nn.Module):
-        raise InvalidConfigError(f"{FIELD}={size}: {name} has no tiled_decode, so it has no tiles to deal; {WAY_OUT}.")
+    if not hf.asks_itself(vae, "use_tiling"):
+        raise InvalidConfigError(f"{FIELD}={size}: {name} cannot tile, so there is nothing to deal; {WAY_OUT}.")
+    if not isinstance(getattr(vae, "decoder", None), nn.Module):
+        raise InvalidConfigError(f"{FIELD}={size}: {name} has no module named decoder to share; {WAY_OUT}.")
+    kept = "it keeps features of a tile on its modules, and another tile would find them"
+    if reason := hf.broken_tiling(vae) or (kept if hf.keeps_features(vae) else None):
+        raise InvalidConfigError(f"{FIELD}={size}: tiles of {name} cannot be dealt ({reason}); {WAY_OUT}.")
     noise = config.get("decoder_inject_noise", False)
     if any(noise) if isinstance(noise, list | tuple) else noise:
         raise InvalidConfigError(
@@ -82,26 +96,33 @@ def _check(vae: nn.Module, group: Group) -> None:
 
 
 def _try(vae: nn.Module, desk: Desk, group: Group) -> None:
-    """List the calls of a small decode: nothing is computed, and a VAE of another build shows itself now.
+    """Find the form in which the VAE takes outputs, by listing a small decode: nothing is computed, and a VAE of
+    another build shows itself now.
 
     Raises:
         InvalidConfigError: its decoder cannot be listed.
     """
-    reason = "its decoder is not called"
-    try:
-        with torch.no_grad():
-            if desk.listed(functools.partial(_small_decode, vae)):
-                return
-    except Exception as error:
-        reason = one_line(error, limit=120)
+    reasons = []
+    for desk.form in FORMS:
+        for lengths in SMALL:
+            try:
+                with torch.no_grad():
+                    if desk.listed(functools.partial(_small_decode, vae, lengths)):
+                        return
+                reasons.append("its decoder is not called")
+            except Exception as error:
+                reasons.append(one_line(error, limit=120))
     raise InvalidConfigError(
-        f"{FIELD}={group.size()}: tiles of {type(vae).__name__} cannot be dealt ({reason}); {WAY_OUT}."
+        f"{FIELD}={group.size()}: tiles of {type(vae).__name__} cannot be dealt ({reasons[0]}); {WAY_OUT}."
     )
 
 
-def _small_decode(vae: Any) -> None:
-    """Decode latents of two by two, in two frames where the decoder's convolutions are in time too."""
-    weight = next(parameter for parameter in vae.decoder.parameters() if parameter.ndim > 3)
-    channels = vae.config.get("latent_channels") or vae.config["z_dim"]
+def _small_decode(vae: Any, lengths: Sequence[int]) -> None:
+    """Decode latents of these lengths, in frames too where the decoder's convolutions are in time."""
+    weight = max(vae.decoder.parameters(), key=lambda parameter: parameter.ndim)
+    num_channels = next(vae.config[name] for name in CHANNELS if vae.config.get(name))
     # Not `weight.new_zeros`: the weight may still be in its file.
-    vae.decode(torch.zeros(1, channels, *[2] * (weight.ndim - 2), dtype=weight.dtype, device=weight.device))
+    shape = (1, num_channels, *lengths[5 - weight.ndim :])
+    decoded = vae.decode(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+    if not isinstance(getattr(decoded, "sample", decoded), Tensor):
+        raise TypeError("decode gives no tensor")

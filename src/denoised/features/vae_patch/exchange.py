@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,16 @@ from denoised.steps import collectives
 from denoised.steps.collectives import Group
 from denoised.steps.tally import count
 
-# Most dims of an output. A row of what ranks tell each other has their number, the shape, and the dims from the
-# outermost in memory to the innermost: convolutions give channels last, and the next one rounds by what it gets.
+# Most dims of an output. A row of what ranks tell each other has their number, the shape, the dims from the outermost
+# in memory to the innermost (convolutions give channels last, and the next one rounds by what it gets), and the dtype.
 MAX_DIMS = 6
-ROW = 1 + 2 * MAX_DIMS
+ROW = 2 + 2 * MAX_DIMS
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FAILED = -1
 
 
 def compute(calls: Sequence[TileCall], tiles: Sequence[Tile], group: Group) -> list[Tensor]:
-    """Every call's output, in order of calls. There must be a tile for each rank at least.
+    """Every call's output, in order of calls. A rank without a tile waits for those of others.
 
     Raises:
         RuntimeError: a tile failed on another rank; on that rank, its own error.
@@ -31,9 +33,10 @@ def compute(calls: Sequence[TileCall], tiles: Sequence[Tile], group: Group) -> l
     mine, error = _run(calls, shares[group.rank()])
     order = [[number for tile in share for number in tile] for share in shares]
     nums = [len(of_rank) for of_rank in order]
-    table = _table(mine, error, max(nums)).to(calls[0].args[0].device)
+    device = calls[0].args[0].device
+    table = _table(mine, error, max(nums)).to(device)
     layouts = _layouts(collectives.gather_list(table, group), error, nums)
-    outputs = zip((n for of_rank in order for n in of_rank), _exchange(mine, layouts, group), strict=True)
+    outputs = zip((n for of_rank in order for n in of_rank), _exchange(mine, layouts, group, device), strict=True)
     return [output for _, output in sorted(outputs, key=lambda pair: pair[0])]
 
 
@@ -56,9 +59,13 @@ def _run(calls: Sequence[TileCall], share: Sequence[Tile]) -> tuple[list[Tensor]
 
 
 def _run_tile(calls: Sequence[TileCall]) -> list[Tensor]:
-    part = calls[0].part
+    part, handed = calls[0].part, dict[int, Any]()
     before = _kept(part)
-    outputs = [call.run() for call in calls]
+    try:
+        outputs = [call.run(handed) for call in calls]
+    finally:
+        if calls[0].forget:
+            calls[0].forget()
     if _kept(part) != before:
         raise RuntimeError(
             f"vae_patch_parallel_size: {type(part).__name__} keeps features of a tile on its modules, so that tiles "
@@ -72,11 +79,15 @@ def _kept(part: nn.Module) -> set[tuple[int, str]]:
     return {(id(m), name) for m in part.modules() for name, value in vars(m).items() if isinstance(value, Tensor)}
 
 
-def _exchange(mine: Sequence[Tensor], layouts: Sequence[Sequence[Layout]], group: Group) -> list[Tensor]:
+def _exchange(
+    mine: Sequence[Tensor], layouts: Sequence[Sequence[Layout]], group: Group, device: torch.device
+) -> list[Tensor]:
     """All ranks' outputs, in order of rank. Each in memory of its own: kernels round by how that is aligned, too."""
-    flat = torch.cat([x.permute(layout.order).reshape(-1) for x, layout in zip(mine, layouts[group.rank()])])
     sizes = [sum(layout.numel() for layout in of_rank) for of_rank in layouts]
     in_order = [layout for of_rank in layouts for layout in of_rank]
+    nothing = torch.empty(0, dtype=in_order[0].dtype, device=device)
+    own = layouts[group.rank()]
+    flat = torch.cat([nothing, *(x.permute(layout.order).reshape(-1) for x, layout in zip(mine, own, strict=True))])
     pieces = torch.split(collectives.all_gather(flat, group, dim=0, sizes=sizes), [x.numel() for x in in_order])
     return [layout.laid_out(piece) for piece, layout in zip(pieces, in_order, strict=True)]
 
@@ -87,6 +98,7 @@ class Layout:
 
     shape: list[int]
     order: list[int]
+    dtype: torch.dtype
 
     def numel(self) -> int:
         return math.prod(self.shape)
@@ -97,17 +109,18 @@ class Layout:
 
     def row(self) -> list[int]:
         missing = [0] * (MAX_DIMS - len(self.shape))
-        return [len(self.shape), *self.shape, *missing, *self.order, *missing]
+        return [len(self.shape), *self.shape, *missing, *self.order, *missing, DTYPES.index(self.dtype)]
 
     @classmethod
     def of(cls, x: Tensor) -> Layout:
         strides = x.stride()
-        return cls(shape=list(x.shape), order=sorted(range(x.ndim), key=lambda dim: -strides[dim]))
+        order = sorted(range(x.ndim), key=lambda dim: -strides[dim])
+        return cls(shape=list(x.shape), order=order, dtype=x.dtype)
 
     @classmethod
     def from_row(cls, row: list[int]) -> Layout:
         num_dims, shape, order = row[0], row[1 : 1 + MAX_DIMS], row[1 + MAX_DIMS :]
-        return cls(shape=shape[:num_dims], order=order[:num_dims])
+        return cls(shape=shape[:num_dims], order=order[:num_dims], dtype=DTYPES[row[-1]])
 
 
 def _table(outputs: Sequence[Tensor], error: Exception | None, num_rows: int) -> Tensor:

@@ -13,27 +13,49 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from denoised.features.vae_patch.standins import FORMS, Form, HandedOn
+
 Tile = list[int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TileCall:
-    """A call of encoder or decoder (`part`), as it was listed."""
+    """A call of encoder or decoder (`part`), as it was listed. `forget`, `epoch`: of a VAE whose modules keep features
+    until it calls `forget`; how often it had."""
 
     part: nn.Module
-    forward: Callable[..., Tensor]
+    forward: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    number: int = 0
+    form: Form = FORMS[0]
+    forget: Callable[[], None] | None = None
+    epoch: int = 0
 
-    def run(self) -> Tensor:
-        return self.forward(*self.args, **self.kwargs)
+    def run(self, handed: dict[int, Any]) -> Tensor:
+        """Its output. `handed`: what earlier calls of its tile handed on, by number; what this one does is added."""
+        args = [_taken(value, handed) for value in self.args]
+        output = self.forward(*args, **{name: _taken(value, handed) for name, value in self.kwargs.items()})
+        if self.form.is_pair:
+            output, handed[self.number] = output
+        return output  # type: ignore[no-any-return]
 
     def values(self) -> tuple[Any, ...]:
         return (*self.args, *self.kwargs.values())
 
+    def links(self) -> set[tuple[str, int]]:
+        """Calls that have one in common depend on each other."""
+        found = {("list", id(value)) for value in self.values() if isinstance(value, list)}
+        found |= {("handed on", value.number) for value in self.values() if isinstance(value, HandedOn)}
+        return found | ({("epoch", self.epoch)} if self.forget else {("handed on", self.number)})
+
     def size(self) -> int:
         """A measure of its work."""
         return sum(value.numel() for value in self.values() if isinstance(value, Tensor))
+
+
+def _taken(value: Any, handed: dict[int, Any]) -> Any:
+    return handed.pop(value.number) if isinstance(value, HandedOn) else value
 
 
 @dataclass(kw_only=True)
@@ -43,29 +65,47 @@ class _Pass:
     calls: list[TileCall] = field(default_factory=list)
     outputs: Iterator[Tensor] | None = None
 
-    def answer(self, call: TileCall) -> Tensor:
-        if self.outputs is not None:
-            return next(self.outputs)
-        self.calls.append(call)
-        return _empty(call.args[0])
-
 
 class Desk:
-    """Stands between a VAE and its encoder and decoder. Between runs it holds nothing."""
+    """Stands between a VAE and its encoder and decoder. Between runs it holds nothing.
+
+    `form` and `forget` are of the VAE (see `Form`, `TileCall`).
+    """
 
     def __init__(self) -> None:
+        self.form: Form = FORMS[0]
+        self.forget: Callable[[], None] | None = None
+        self._epoch = 0
         self._pass: _Pass | None = None
 
-    def part(self, part: nn.Module) -> Callable[..., Tensor]:
+    def part(self, part: nn.Module) -> Callable[..., Any]:
         """A forward for encoder or decoder that is listed, looked up, or outside of both simply run."""
         forward = part.forward
 
         @functools.wraps(forward)
-        def answered(*args: Any, **kwargs: Any) -> Tensor:
-            call = TileCall(part=part, forward=forward, args=args, kwargs=kwargs)
-            return call.run() if self._pass is None else self._pass.answer(call)
+        def answered(*args: Any, **kwargs: Any) -> Any:
+            if self._pass is None:
+                return forward(*args, **kwargs)
+            if self._pass.outputs is not None:
+                return self.form.found(next(self._pass.outputs))
+            return self._listed(part, forward, args, kwargs)
 
         return answered
+
+    def _listed(
+        self, part: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        assert self._pass is not None
+        number = len(self._pass.calls)
+        state = {"form": self.form, "forget": self.forget, "epoch": self._epoch}
+        self._pass.calls.append(
+            TileCall(part=part, forward=forward, args=args, kwargs=kwargs, number=number, **state)  # type: ignore[arg-type]
+        )
+        return self.form.answer(args[0], number)
+
+    def forgot(self) -> None:
+        """What is called from now on does not depend on what was called."""
+        self._epoch += 1
 
     def listed(self, run: Callable[[], Any]) -> list[TileCall]:
         with self._during(_Pass()) as listing:
@@ -96,22 +136,17 @@ def quiet(forward: Callable[..., Any]) -> Callable[..., Any]:
     return quieted
 
 
-def _empty(x: Tensor) -> Tensor:
-    """Stands for a tile while calls are listed. Two channels, because posteriors are split in two."""
-    return x.new_empty((x.shape[0], 2, *[0] * (x.ndim - 2)))
-
-
 def tiles_of(calls: Sequence[TileCall]) -> list[Tile]:
-    """The calls of each tile, by number and in order. Calls that hand on one list (a video VAE's features of earlier
-    frames) depend on each other and are one tile."""
+    """The calls of each tile, by number and in order. Calls that depend on each other (by a video VAE's features of
+    earlier frames, handed on or kept) are one tile."""
     tiles: list[Tile] = []
-    by_list: dict[int, Tile] = {}
+    linked: dict[tuple[str, int], Tile] = {}
     for number, call in enumerate(calls):
-        handed = [id(value) for value in call.values() if isinstance(value, list)]
-        tile = next((by_list[key] for key in handed if key in by_list), None)
+        links = call.links()
+        tile = next((linked[link] for link in links if link in linked), None)
         if tile is None:
             tile = []
             tiles.append(tile)
         tile.append(number)
-        by_list |= dict.fromkeys(handed, tile)
+        linked |= dict.fromkeys(links, tile)
     return tiles

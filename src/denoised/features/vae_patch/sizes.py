@@ -21,6 +21,8 @@ def resize(vae: nn.Module, size: int) -> None:
         InvalidConfigError: lengths in pixels would be no whole latents, or overlaps no whole pixels.
     """
     lengths = _lengths(vae)
+    if not lengths:
+        raise InvalidConfigError(f"tile_size={size}: tiles of {type(vae).__name__} have no sides; leave it out.")
     base = max(lengths.values())
     step = _step(vae, lengths, base)
     if size < step or size % step:
@@ -41,8 +43,8 @@ def _step(vae: nn.Module, lengths: dict[str, int], base: int) -> int:
     """The sizes for which every length in pixels is a number of latents, and every overlap a number of pixels."""
     config: Any = vae.config
     latent = int(getattr(vae, "spatial_compression_ratio", 0)) or 2 ** (len(config.block_out_channels) - 1)
-    overlap = Fraction(getattr(vae, "tile_overlap_factor", 0)).limit_denominator(64)
-    steps = [latent * overlap.denominator]
+    factors = [value for name, value in vars(vae).items() if name.startswith("tile_overlap_factor")]
+    steps = [latent, *(latent * Fraction(factor).limit_denominator(64).denominator for factor in factors)]
     for name, length in lengths.items():
         whole = base * (latent if name.startswith(IN_PIXELS) else 1)
         steps.append(whole // math.gcd(whole, length))
