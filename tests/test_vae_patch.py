@@ -15,9 +15,10 @@ from denoised.errors import InvalidConfigError
 from denoised.features import vae_patch
 from denoised.features.vae_patch.sizes import resize
 from denoised.steps.tally import counted
-from tests.autoencoders import CASES, Case, dc, hunyuan_refiner, kl, ltx, oobleck
+from tests.autoencoders import CASES, Case, dc, kl, oobleck
 from tests.ranks import run_on_ranks
 from tests.tiny import UPSTREAM_WARNINGS
+from tests.video_autoencoders import hunyuan_refiner, ltx
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in UPSTREAM_WARNINGS]
 

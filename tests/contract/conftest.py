@@ -16,11 +16,13 @@ from tests.contract.support import MODELS, ORDER
 # The columns of the table, in this order, before any that are not named here.
 COLUMNS = (
     *("alone", "interleaved", "joined", "cancel", "cfg2", "cfg3", "both ranks busy"),
-    *("ulysses", "ring", "tensor", "pipeline", "hsdp"),
+    *("ulysses", "ring", "tensor", "pipeline", "hsdp", "text_encoder_tp", "vae_patch"),
 )
 
 # Rows of which every cell is run by CI: double stream, batched guidance, single stream, video, and one without a spec.
 WHOLE_ROWS = frozenset({"qwen_image", "sd3", "flux_true_cfg", "wan22_t2v", "sdxl"})
+# Columns of which it runs every fourth cell only, from this row on: for tiles, rows that read pictures and videos.
+QUARTERS = {"text_encoder_tp": 1, "vae_patch": 2}
 
 _results: dict[str, dict[str, str]] = {}
 _pairs: dict[str, str] = {}
@@ -29,14 +31,19 @@ _pairs: dict[str, str] = {}
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of the other rows CI runs every second cell, of each row and of each column; the full run has them all."""
-    numbers = {name: number for number, name in enumerate(ORDER)}
     for item in items:
         marker = item.get_closest_marker("cell")
         if marker is not None:
             params = item.callspec.params  # type: ignore[attr-defined]
-            column = zlib.crc32(marker.args[0].format(**params).encode())
-            if params["name"] not in WHOLE_ROWS and (numbers[params["name"]] + column) % 2:
+            if _is_slow(params["name"], marker.args[0].format(**params)):
                 item.add_marker(pytest.mark.slow)
+
+
+def _is_slow(row: str, column: str) -> bool:
+    number = ORDER.index(row)
+    if column in QUARTERS:
+        return number % 4 != QUARTERS[column]
+    return row not in WHOLE_ROWS and (number + zlib.crc32(column.encode())) % 2 == 1
 
 
 @pytest.hookimpl(wrapper=True)

@@ -87,21 +87,24 @@ def run_requests(
     *,
     indexes: Sequence[int] | None = None,
     output_type: str | None = None,
+    plugins: tuple[str, ...] = (),
     **degrees: Any,
 ) -> list[OmniRequestOutput]:
     """The same for any requests; `indexes` choose their seeds."""
     kind = output_type or latent_type(name)
     seeds = [seed_of(index) for index in indexes or range(len(requests))]
     asked = [as_omni(request, seed, kind) for request, seed in zip(requests, seeds, strict=True)]
-    return within(PATIENCE, _run, name, asked, DiffusionParallelConfig(**degrees))
+    return within(PATIENCE, _run, name, asked, DiffusionParallelConfig(**degrees), plugins)
 
 
-def _run(name: str, asked: list[Any], parallel: DiffusionParallelConfig) -> list[OmniRequestOutput]:
+def _run(
+    name: str, asked: list[Any], parallel: DiffusionParallelConfig, plugins: tuple[str, ...]
+) -> list[OmniRequestOutput]:
     with Omni(
         folder(name),
         parallel_config=parallel,
         num_threads=1,
-        plugins=("tests.contract.rank_setup",),
+        plugins=("tests.contract.rank_setup", *plugins),
         deterministic=True,
     ) as omni:
         return omni.generate([p for p, _ in asked], [s for _, s in asked], use_tqdm=False)  # type: ignore[no-any-return]

@@ -89,14 +89,13 @@ def test_same_latents_or_a_sentence(case: Case) -> None:
     ("name", "given_", "words"),
     [
         ("qwen_image", {"cfg_parallel_size": 3, "text_encoder_tp_size": 3}, "text_encoder_tp_size=3 does not divide"),
-        ("stable_audio", {"cfg_parallel_size": 2, "vae_patch_parallel_size": 2}, "has no tiled_decode"),
         ("wan22_t2v", {"cfg_parallel_size": 2, "use_hsdp": True, "ulysses_degree": 3}, "does not divide the 4 heads"),
     ],
 )
 def test_what_the_last_components_refuse_is_refused_before_a_weight_is_read(
     name: str, given_: dict[str, Any], words: str
 ) -> None:
-    """Encoders, VAE and the cut of the sequence come last in the order of features."""
+    """Encoders and the cut of the sequence come last in the order of features."""
     mark = Path(folder(name)) / MARK
     mark.unlink(missing_ok=True)
     outputs = within(PATIENCE, _run, Case(name=name, degrees=given_, requests=()), DiffusionParallelConfig(**given_))

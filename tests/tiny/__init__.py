@@ -23,7 +23,7 @@ from tests.tiny import (
     z_image,
 )
 from tests.tiny.row import Request, Row
-from tests.tiny.sizes import small_images
+from tests.tiny.sizes import small_images, small_tiles
 from tests.tiny.store import save_once
 
 _FAMILIES = (
@@ -63,4 +63,4 @@ def checkpoint(name: str, root: Path) -> Path:
     return save_once(ROWS[name], root)
 
 
-__all__ = ["ROWS", "UPSTREAM_WARNINGS", "Request", "Row", "checkpoint", "small_images"]
+__all__ = ["ROWS", "UPSTREAM_WARNINGS", "Request", "Row", "checkpoint", "small_images", "small_tiles"]

@@ -1,4 +1,4 @@
-"""Small pictures for the pipelines that bring every input picture to about one megapixel."""
+"""Small pictures for the pipelines that bring every input picture to about one megapixel, and small tiles for VAEs."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -6,7 +6,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from diffusers import HiDreamImagePipeline, HunyuanVideo15ImageToVideoPipeline, HunyuanVideo15Pipeline
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Video,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    AutoencoderOobleck,
+    HiDreamImagePipeline,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
+)
 
 _LARGEST = 64 * 64  # pixels; enough for four tokens of the vision encoder
 
@@ -43,6 +54,39 @@ def small_images() -> Iterator[None]:
         for pipeline, literals in _LITERALS.items():
             for name, value in literals.items():
                 stack.enter_context(patch.object(pipeline, name, _Fixed(value), create=True))
+        yield
+
+
+# Tiles of 32 pixels for most VAEs of these classes; of 16 pixels, as 4 latents; of 16 latents of sound.
+_SIDES = {"tile_sample_min_height": 32, "tile_sample_min_width": 32}
+_SIDES |= {"tile_sample_stride_height": 24, "tile_sample_stride_width": 24}
+_TILES: dict[type, dict[str, int]] = {
+    AutoencoderDC: _SIDES | {"tile_latent_min_height": 16, "tile_latent_min_width": 16},
+    AutoencoderKLHunyuanVideo15: {
+        f"tile_{of}_min_{side}": length
+        for side in ("height", "width")
+        for of, length in (("sample", 16), ("latent", 4))
+    },
+    AutoencoderKLLTX2Video: _SIDES,
+    AutoencoderKLLTXVideo: _SIDES,
+    AutoencoderKLQwenImage: _SIDES,
+    AutoencoderKLWan: _SIDES,
+    AutoencoderOobleck: {
+        "tile_sample_min_length": 128,
+        "tile_sample_overlap": 16,
+        "tile_latent_min_length": 16,
+        "tile_latent_overlap": 2,
+    },
+}
+
+
+@contextmanager
+def small_tiles() -> Iterator[None]:
+    """Within it, pictures of 64 pixels are of several tiles for all VAEs. Reference and engine must both be inside."""
+    with ExitStack() as stack:
+        for vae, lengths in _TILES.items():
+            for name, value in lengths.items():
+                stack.enter_context(patch.object(vae, name, _Fixed(value), create=True))
         yield
 
 

@@ -11,6 +11,7 @@ Knows nothing of models. Needs ranks that make the same calls with the same argu
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def _dealt(method: Any, desk: Desk, group: Group) -> Any:
         if len(tiles) < 2:
             count("vae_patch_single_tile")
             return run()
-        return desk.found(run, compute(calls, tiles, group))
+        return desk.found(run, compute(calls, tiles, group, method.__name__))
 
     return dealt
 
@@ -103,26 +104,30 @@ def _try(vae: nn.Module, desk: Desk, group: Group) -> None:
         InvalidConfigError: its decoder cannot be listed.
     """
     reasons = []
-    for desk.form in FORMS:
-        for lengths in SMALL:
-            try:
-                with torch.no_grad():
-                    if desk.listed(functools.partial(_small_decode, vae, lengths)):
-                        return
-                reasons.append("its decoder is not called")
-            except Exception as error:
-                reasons.append(one_line(error, limit=120))
+    for desk.form, shape in itertools.product(FORMS, _small_shapes(vae)):
+        try:
+            with torch.no_grad():
+                if desk.listed(functools.partial(_small_decode, vae, shape)):
+                    return
+            reasons.append("its decoder is not called")
+        except Exception as error:
+            reasons.append(one_line(error, limit=120))
     raise InvalidConfigError(
         f"{FIELD}={group.size()}: tiles of {type(vae).__name__} cannot be dealt ({reasons[0]}); {WAY_OUT}."
     )
 
 
-def _small_decode(vae: Any, lengths: Sequence[int]) -> None:
-    """Decode latents of these lengths, in frames too where the decoder's convolutions are in time."""
-    weight = max(vae.decoder.parameters(), key=lambda parameter: parameter.ndim)
+def _small_shapes(vae: Any) -> list[tuple[int, ...]]:
+    """Shapes of latents with as many dims as the convolutions have, and of frames: some take them one by one."""
+    num_dims = max(parameter.ndim for parameter in vae.parameters()) - 2
     num_channels = next(vae.config[name] for name in CHANNELS if vae.config.get(name))
+    lengths = [sides[3 - num :] for num in dict.fromkeys((num_dims, 3)) for sides in SMALL]
+    return [(1, num_channels, *sides) for sides in lengths]
+
+
+def _small_decode(vae: Any, shape: Sequence[int]) -> None:
+    weight = next(vae.decoder.parameters())
     # Not `weight.new_zeros`: the weight may still be in its file.
-    shape = (1, num_channels, *lengths[5 - weight.ndim :])
     decoded = vae.decode(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
     if not isinstance(getattr(decoded, "sample", decoded), Tensor):
         raise TypeError("decode gives no tensor")

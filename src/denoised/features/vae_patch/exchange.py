@@ -23,14 +23,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FAILED = -1
 
 
-def compute(calls: Sequence[TileCall], tiles: Sequence[Tile], group: Group) -> list[Tensor]:
-    """Every call's output, in order of calls. A rank without a tile waits for those of others.
+def compute(calls: Sequence[TileCall], tiles: Sequence[Tile], group: Group, method: str) -> list[Tensor]:
+    """Every call's output, in order of calls, for the VAE's `method`. A rank without a tile waits for those of others.
 
     Raises:
         RuntimeError: a tile failed on another rank; on that rank, its own error.
     """
     shares = _deal(calls, tiles, group.size())
-    mine, error = _run(calls, shares[group.rank()])
+    mine, error = _run(calls, shares[group.rank()], method)
     order = [[number for tile in share for number in tile] for share in shares]
     nums = [len(of_rank) for of_rank in order]
     device = calls[0].args[0].device
@@ -46,13 +46,14 @@ def _deal(calls: Sequence[TileCall], tiles: Sequence[Tile], num_ranks: int) -> l
     return [ordered[rank::num_ranks] for rank in range(num_ranks)]
 
 
-def _run(calls: Sequence[TileCall], share: Sequence[Tile]) -> tuple[list[Tensor], Exception | None]:
+def _run(calls: Sequence[TileCall], share: Sequence[Tile], method: str) -> tuple[list[Tensor], Exception | None]:
     """This rank's outputs. An error is kept until the others know of it, because they wait for these tiles."""
     outputs: list[Tensor] = []
     try:
         for tile in share:
             outputs += _run_tile([calls[number] for number in tile])
             count("vae_tiles")
+            count(f"vae_{method}_tiles")
     except Exception as error:
         return [], error
     return outputs, None
