@@ -6,6 +6,7 @@ import asyncio
 import copy
 import dataclasses
 import functools
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from denoised.outputs import Saved
 from denoised.request import Service
 from denoised.rules import validate
 from denoised.runtime.adapters import Names, resolve
+from denoised.steps.forward import _running
 from tests import tiny
 from tests.contract.support import as_omni, difference, folder, media, request_of, seed_of
 from tests.contract.test_lora import _pristine, tensors
@@ -253,6 +255,39 @@ def test_ranks_that_read_different_files_say_so(tmp_path: Path) -> None:
     assert adapters.num_loaded == 0
 
 
+@torch.no_grad()
+def test_layers_whose_forward_is_not_called_are_told(tmp_path: Path) -> None:
+    """A model that reads a layer's weight and never calls it loses what is beside: its receipt says so by name."""
+    transformer = copy.deepcopy(_pristine(BARE).transformer)
+    where = lora.survey(types.SimpleNamespace(components={"transformer": transformer}), ("transformer",))
+    where.prepare()
+    path = loras.write(tmp_path / "a.safetensors", loras.in_diffusers(some(BARE)))
+    found = resolve(LoRARequest("a", lora_path=path))
+    adapters = lora.Adapters(where, device=torch.device("cpu"), max_adapters=2)
+    adapters.take("x", [found])
+    (places,) = adapters.places([found])
+    assert len(places) == adapters.told([found])[0]["layers"] == len(some(BARE))
+    assert adapters.acted("x", denoised=False) == [(0, 0)], "nothing ran, so nothing is known"
+    bypassed = "attn.to_q"
+    call = types.SimpleNamespace(adapters=adapters.active([found])["transformer"])
+    with _running(((call, (0,)),)):  # type: ignore[arg-type]
+        for _, layer in places:
+            part = transformer.get_submodule(layer)
+            x = torch.zeros(1, part.in_features)
+            if layer.endswith(bypassed):
+                torch.nn.functional.linear(x, part.weight)
+            else:
+                part(x)
+    one = adapters.acted("x", denoised=True)
+    problem = lora.problem("a", places, one)
+    assert problem is not None
+    assert f"did not act in 1 of its {len(places)} layers" in problem
+    assert f"transformer.{ATTENTION}.to_q" in problem
+    everything = (1 << len(places)) - 1
+    assert lora.problem("a", places, [*one, (everything, everything)]) is None, "another rank ran it"
+    adapters.release("x")
+
+
 # ---- through the engine
 
 
@@ -287,6 +322,30 @@ def test_text_encoders_and_names_at_run_time(tmp_path: Path) -> None:
         assert "no adapter is loaded under it" in ask(lora_request="words").error
         with pytest.raises(InvalidRequestError, match="is no file"):
             omni.load_lora(LoRARequest("words", lora_path=str(tmp_path / "gone.safetensors")))
+
+
+class _Bypassed(torch.nn.Linear):
+    """Its weight is used, its forward is not called."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_a_receipt_names_the_layers_that_an_adapter_did_not_act_in(tmp_path: Path) -> None:
+    path = loras.write(tmp_path / "a.safetensors", loras.in_diffusers(some(BARE)))
+    prompt, params = as_omni(request_of(BARE, 0), seed_of(0), "latent")
+    params, notes = dataclasses.replace(params, lora_request=path), []
+    for bypassed in (False, True):
+        pipeline = copy.deepcopy(_pristine(BARE))
+        if bypassed:
+            pipeline.transformer.get_submodule(f"{ATTENTION}.to_q").__class__ = _Bypassed
+        with Omni(pipeline, num_threads=1) as omni:
+            (output,) = omni.generate(prompt, params, use_tqdm=False)
+        assert output.error is None, output.error
+        notes.append([note for note in output.receipt.notes if "did not act in" in note])
+    assert notes[0] == []
+    assert f"1 of its {len(some(BARE))} layers" in notes[1][0]
+    assert f"transformer.{ATTENTION}.to_q" in notes[1][0]
 
 
 def _plain(pipeline: Any) -> list[Tensor]:

@@ -128,6 +128,7 @@ def check(name: str, output: OmniRequestOutput, index: int, *seeds: int, bound: 
     assert output.receipt is not None
     layers = len(adapter(name, 1)[2])
     assert [each["layers"] for each in output.receipt.loras] == [layers] * len(seeds)
+    assert [note for note in output.receipt.notes if "did not act in" in note] == []
 
 
 @pytest.mark.parametrize("name", rows(SOME))

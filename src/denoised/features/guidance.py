@@ -32,6 +32,7 @@ class Work:
 
     decisions: what features decided for its rows, in order, each with its denoiser and branch.
     peaks_mb: the most memory that was in use while one of its encoder and VAE calls ran, by stage.
+    loras: of each adapter, as bits, the layers that this rank would run it in, and those in which it ran.
     """
 
     forwards: int = 0
@@ -42,6 +43,7 @@ class Work:
     counts: Counter[str] = field(default_factory=Counter)
     decisions: list[tuple[str, int, Decision]] = field(default_factory=list)
     peaks_mb: dict[str, float] = field(default_factory=dict)
+    loras: list[tuple[int, int]] = field(default_factory=list)
 
     def rose_to(self, stage: Stage, mb: float) -> None:
         """So much memory was in use while this stage ran."""

@@ -243,8 +243,10 @@ class Engine:
     def _release(self, request_id: str) -> Work:
         if self._wire is not None:
             self._wire.forget(request_id)
+        did = self._guidance.release(request_id)
+        did.loras = self._runway.adapters.acted(request_id, denoised=did.forwards > 0)
         self._runway.adapters.release(request_id)
-        return self._guidance.release(request_id)
+        return did
 
     # ---- results
 

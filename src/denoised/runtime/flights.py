@@ -165,7 +165,7 @@ class Runway:
             journal=journal,
             adapters=self.adapters.active(request.loras),
         )
-        flight.loras = self.adapters.told(request.loras)
+        flight.loras, flight.lora_places = self.adapters.told(request.loras), self.adapters.places(request.loras)
         flight.quantized = self._quantized
         return flight
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from denoised.errors import InvalidRequestError, RequestAbortedError, one_line
+from denoised.features import lora
 from denoised.features.guidance import Work
 from denoised.outputs import OmniRequestOutput, RankWork, Receipt
 from denoised.request import Request
@@ -52,6 +53,7 @@ class InFlight:
     queued_ticks: int = 0
     told: int = 0
     loras: list[dict[str, Any]] = field(default_factory=list)
+    lora_places: list[tuple[lora.Place, ...]] = field(default_factory=list)
     quantized: list[dict[str, Any]] = field(default_factory=list)
     saver: Saver | None = None
     memory: Memory | None = None
@@ -141,7 +143,7 @@ def _receipt(flight: InFlight, work: list[Work], info: ModelInfo, axes: dict[str
         cache=cached,
         loras=flight.loras,
         quantized=flight.quantized,
-        notes=[*flight.task.notes, *_inert(work), *cache_report.inert(cached), *_unkept(flight)],
+        notes=[*flight.task.notes, *_inert(work), *cache_report.inert(cached), *_unkept(flight), *_idle(flight, work)],
     )
 
 
@@ -156,6 +158,17 @@ def _inert(work: list[Work]) -> list[str]:
     if not any(did.counts["vae_patch_single_tile"] for did in work):
         return []
     return ["vae_patch_parallel_size did not act: the picture is one tile of this VAE; every rank computed it."]
+
+
+def _idle(flight: InFlight, work: list[Work]) -> list[str]:
+    """Layers that an adapter was made for and that never ran it. Of a request that began in its middle, blocks that a
+    cache skips may have run before."""
+    if flight.resumed_from and any(did.counts["cache_blocks_skipped"] for did in work):
+        return []
+    ranks = zip(*(did.loras for did in work), strict=True)
+    told = zip(flight.loras, flight.lora_places, ranks, strict=True)
+    found = [lora.problem(one["name"], places, acted) for one, places, acted in told if one["scale"]]
+    return [problem for problem in found if problem is not None]
 
 
 def _unkept(flight: InFlight) -> list[str]:

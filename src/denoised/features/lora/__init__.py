@@ -8,7 +8,9 @@ never off a switch on a module: requests with different adapters are in flight t
 from __future__ import annotations
 
 from denoised.features.lora.files import read
+from denoised.features.lora.layouts import Place
+from denoised.features.lora.proof import problem
 from denoised.features.lora.sites import Sites, survey
 from denoised.features.lora.store import Adapters
 
-__all__ = ["Adapters", "Sites", "read", "survey"]
+__all__ = ["Adapters", "Place", "Sites", "problem", "read", "survey"]

@@ -51,7 +51,8 @@ class Beside:
     """Stands in for a layer's forward: the layer's own, plus what the adapters of the running forward add.
 
     It is put there before what must act on the sum (gathers, cuts of a sequence) and before anything is loaded, so
-    that these stay outside. Without adapters it costs a look into a dict. `weights` are by adapter.
+    that these stay outside. Without adapters it costs a look into a dict. `weights` are by adapter; `ran`: those that
+    have acted here since they are in memory.
     """
 
     # Without adapters it does nothing, so that whoever runs a layer without any may leave it out meanwhile.
@@ -61,6 +62,7 @@ class Beside:
         functools.update_wrapper(self, layer.forward)  # who asks sees the layer's own signature
         self.forward = layer.forward
         self.weights: dict[str, Factors] = {}
+        self.ran: set[str] = set()
         numbers = vars(layer)
         self.stride, self.padding = numbers.get("stride", 1), numbers.get("padding", 0)
 
@@ -73,6 +75,7 @@ class Beside:
             factors = self.weights.get(adapter.key)
             if factors is not None:
                 count("lora_layers")
+                self.ran.add(adapter.key)
                 y = y + (self._product(x, factors) * (adapter.scale * factors.scale)).to(y.dtype)
         return y
 
@@ -82,6 +85,11 @@ class Beside:
             return F.linear(F.linear(x, factors.down), factors.up, factors.bias)
         convolve = _CONVOLUTIONS[factors.down.ndim]
         return convolve(convolve(x, factors.down, None, self.stride, self.padding), factors.up, factors.bias)
+
+    def forget(self, key: str) -> None:
+        """An adapter leaves memory."""
+        self.weights.pop(key, None)
+        self.ran.discard(key)
 
 
 def install(layer: nn.Module) -> Beside:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from denoised.errors import InvalidRequestError, one_line
-from denoised.features.lora import files, layouts
+from denoised.features.lora import files, layouts, proof
 from denoised.features.lora.beside import Factors, is_reached, local
 from denoised.features.lora.sites import Site, Sites
 from denoised.lora_request import Lora
@@ -29,7 +29,7 @@ class _Loaded:
     """One adapter beside its layers. num_bytes: of its whole matrices, as in the file, which all ranks count alike."""
 
     key: str
-    num_layers: int
+    places: tuple[layouts.Place, ...]
     components: tuple[str, ...]
     num_bytes: int
 
@@ -110,10 +110,20 @@ class Adapters:
             self._sweep()
 
     def told(self, loras: Iterable[Lora]) -> list[dict[str, Any]]:
-        """For receipts: what acted, and on how many layers."""
+        """For receipts: what acts, and how many layers it is for."""
+        loras = tuple(loras)
         both = [*self._pinned, *loras]
-        layers = [self._loaded[self._keys[lora.source]].num_layers for lora in both]
-        return [{"name": x.name, "scale": x.scale, "layers": n} for x, n in zip(both, layers, strict=True)]
+        layers = self.places(loras)
+        return [{"name": x.name, "scale": x.scale, "layers": len(n)} for x, n in zip(both, layers, strict=True)]
+
+    def places(self, loras: Iterable[Lora]) -> list[tuple[layouts.Place, ...]]:
+        """The layers of each, in the order of `told`."""
+        return [self._loaded[self._keys[lora.source]].places for lora in (*self._pinned, *loras)]
+
+    def acted(self, request_id: str, *, denoised: bool) -> list[proof.Acted]:
+        """Of a request that is about to be released, the adapters in the order of `told`."""
+        keys = (*self._pinned_keys(), *self._users.get(request_id, ()))
+        return [proof.acted(self._sites, key, self._loaded[key].places, denoised=denoised) for key in keys]
 
     def fingerprint(self, loras: Iterable[Lora]) -> list[list[Any]]:
         """Equal for adapters of equal content and strength, whatever they are called."""
@@ -178,7 +188,7 @@ class Adapters:
 
     def _put(self, lora: Lora, key: str, fitted: Mapping[layouts.Place, Factors], num_bytes: int) -> None:
         components = tuple(dict.fromkeys(component for component, _ in fitted))
-        self._loaded[key] = _Loaded(key=key, num_layers=len(fitted), components=components, num_bytes=num_bytes)
+        self._loaded[key] = _Loaded(key=key, places=tuple(fitted), components=components, num_bytes=num_bytes)
         problem = ""
         try:
             for (component, path), factors in fitted.items():
@@ -237,7 +247,7 @@ class Adapters:
         for component in loaded.components:
             for site in self._sites.by_component[component].values():
                 if site.beside is not None:
-                    site.beside.weights.pop(key, None)
+                    site.beside.forget(key)
 
 
 def _sentence(lora: Lora, error: Exception) -> str:
