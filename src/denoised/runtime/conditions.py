@@ -1,4 +1,4 @@
-"""Under what pictures were made, as far as it bears on what a cache does to them: told by outputs, kept by calibrations.
+"""Under what pictures were made, as far as it bears on what a cache does to them: told by outputs and calibrations.
 
 No torch. Pictures are PIL images, or arrays [height, width, channels] or [channels, height, width].
 """
