@@ -22,19 +22,23 @@ _MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ \S+ *(.*)$")
 
 
 def most_held(folder: str, degrees: dict[str, Any], params: OmniDiffusionSamplingParams) -> list[float]:
-    """MB of each rank at most, over what it holds of a model with next to no weights."""
+    """MB of each rank at most, over what it holds in such a request for a model with next to no weights."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measured, (folder, degrees, params))
 
 
 def _measured(folder: str, degrees: dict[str, Any], params: OmniDiffusionSamplingParams) -> list[float]:
-    config: dict[str, Any] = {"parallel_config": DiffusionParallelConfig(**degrees), "dtype": "bfloat16"}
     empty = saved(qwen_image(layers=2, heads=2, dtype=torch.bfloat16))
-    with Omni(empty, num_threads=1, **config) as omni:
-        before = [held(pid, empty) for pid in _ranks(omni)]
-    with Omni(folder, num_threads=1, **config) as omni, _watched(_ranks(omni), folder) as most:
+    most = [_most(of, degrees, params) for of in (empty, folder)]
+    return [b - a for a, b in zip(*most, strict=True)]
+
+
+def _most(folder: str, degrees: dict[str, Any], params: OmniDiffusionSamplingParams) -> list[float]:
+    parallel = DiffusionParallelConfig(**degrees)
+    omni = Omni(folder, parallel_config=parallel, dtype="bfloat16", num_threads=1)
+    with omni, _watched(_ranks(omni), folder) as most:
         Steps(omni)(params)
-    return [a - b for a, b in zip(most, before, strict=True)]
+    return most
 
 
 def _ranks(omni: Omni) -> list[int]:
