@@ -169,7 +169,9 @@ def load(config: EngineConfig, *, device: str, unread: bool = False) -> Any:
     except (ModelError, InvalidConfigError):
         raise
     except Exception as error:
-        raise ModelError(f"model {str(config.model)!r} cannot be loaded: {_why(error)}") from error
+        raise ModelError(
+            f"model {str(config.model)!r} cannot be loaded: {_misfit(config, packed) or _why(error)}"
+        ) from error
     if isinstance(source, Path):
         _check_complete(pipeline, source, without=packed)
     return _configured(pipeline.to(device), config)
@@ -182,6 +184,13 @@ def _why(error: Exception) -> str:
     if found is None:
         return one_line(error)
     return f"its processors need {found}, which is not installed; pip install 'denoised[{EXTRAS[found]}]'."
+
+
+def _misfit(config: EngineConfig, packed: Collection[str]) -> str | None:
+    """The file and the weight, if a shape was the reason."""
+    from denoised.runtime import misfits
+
+    return misfits.first(str(config.model), without=packed)
 
 
 def _packed(source: str | Path, files: Mapping[str, Path], dtype: Any, device: str) -> dict[str, Any]:
