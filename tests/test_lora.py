@@ -135,7 +135,10 @@ def _wrong(found: dict[str, loras.Pair]) -> dict[str, tuple[dict[str, Tensor], s
     path = f"transformer.{ATTENTION}.to_q"
     return {
         "none": (other, r"none of its layers is in OvisImagePipeline: transformer\.transformer_blocks\.0\.nowhere"),
-        "some": (plain | other, r"8 of its 16 layers are not in OvisImagePipeline: .*, \.\.\.; give an adapter"),
+        "some": (
+            plain | other,
+            r"8 of its 16 layers are not in OvisImagePipeline: (.*nowhere.*, ){7}[^,]*; give",
+        ),
         "shape": (plain | {f"{path}.lora_A.weight": torch.zeros(2, 7)}, r"to_q has lora_down \(2, 7\) and lora_up"),
         "lacks": ({k: v for k, v in plain.items() if k != f"{path}.lora_B.weight"}, "to_q lacks its lora_up"),
         "dora": (plain | {f"{path}.lora_magnitude_vector": torch.zeros(4)}, "is a DoRA adapter"),
@@ -163,6 +166,16 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidRequestError, match=message):
             taken(str(tmp_path / name), BARE)
+
+
+def test_all_layers_that_are_not_there_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A few in the error, all of them in the log."""
+    names = [f"transformer_blocks.{number}.nowhere.to_q" for number in range(20)]
+    held = {f"transformer.{name}.lora_{part}.weight": torch.zeros(2, 2) for name in names for part in "AB"}
+    path = loras.write(tmp_path / "other.safetensors", loras.in_diffusers(some(BARE)) | held)
+    with pytest.raises(InvalidRequestError, match=r"20 of its 28 layers .* and 12 more, which the log lists; give"):
+        taken(path, BARE)
+    assert all(name in caplog.text for name in names)
 
 
 # ---- what a request says

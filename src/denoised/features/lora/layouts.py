@@ -2,11 +2,13 @@
 
 A file whose names are the layers' own (diffusers', PEFT's, Kohya's with underscores) is taken as it is. Else the
 pipeline's class converts it, if it has a converter: that knows the names of the original models. What is then left
-over is an error that lists it: an adapter that acts in part is not the adapter that was asked for.
+over is an error that lists it, with the log where it is long: an adapter that acts in part is not the adapter that
+was asked for.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -23,7 +25,8 @@ from denoised.features.lora.sites import Site, Sites
 
 Place = tuple[str, str]
 """Component and path of a layer."""
-_SHOWN = 3
+_SHOWN = 8  # names in an error; the log gets all
+_log = logging.getLogger(__name__)
 
 
 def factors(raw: Raw, sites: Sites, *, component: str | None, title: str) -> dict[Place, Factors]:
@@ -143,7 +146,11 @@ def _parts(raw: Raw, look: _Finder, sites: Sites, title: str) -> _Parts:
 
 
 def _unmatched(found: _Parts, unknown: list[str], sites: Sites, title: str, reason: str = "") -> InvalidRequestError:
-    few = ", ".join(f"{name:.100}" for name in unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+    every = [f"{name:.100}" for name in unknown]
+    few, rest = ", ".join(every[:_SHOWN]), len(every) - _SHOWN
+    if rest > 0:
+        _log.warning("%s: not in %s: %s", title, type(sites.pipeline).__name__, ", ".join(every))
+        few += f" and {rest} more, which the log lists"
     count = f"{len(unknown)} of its {len(unknown) + len(found)} layers are not" if found else "none of its layers is"
     return InvalidRequestError(
         f"{title}: {count} in {type(sites.pipeline).__name__}: {few}{reason}; give an adapter of this model."
