@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import nn
 
 from denoised import hf
-from denoised.errors import DenoisedError
 from denoised.runtime.load import read_header
 from denoised.runtime.planning.skeleton import CAME, folder_of, skeleton
 
@@ -24,7 +23,7 @@ def first(model: str, *, without: Collection[str]) -> str | None:
     """
     try:
         return next(_all(folder_of(model), hf.components(skeleton(model)), without), None)
-    except DenoisedError:
+    except Exception:  # whatever stopped the loader may stop this too, and is told already
         return None
 
 
