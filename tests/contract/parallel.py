@@ -6,25 +6,32 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from denoised import DiffusionParallelConfig, Omni, OmniRequestOutput
 from tests.contract.support import (
     EXACT,
     REORDERED,
+    _pipeline,
     as_omni,
     difference,
     folder,
     latent_type,
     media,
+    plain,
     reference,
     request_of,
     seed_of,
 )
-from tests.tiny import ROWS
+from tests.tiny import ROWS, small_tiles
 from tests.tiny.row import Request
 from tests.watchdog import within
 
 # Seconds for one run: a hang is told with stacks, long before pytest's own limit.
 PATIENCE = 150.0
+
+# For ranks: pictures of 64 pixels are of several tiles.
+SMALL_TILES = ("tests.contract.small_tiles",)
 
 # The settings that ask for a method on so many ranks.
 METHODS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -108,6 +115,17 @@ def _run(
         deterministic=True,
     ) as omni:
         return omni.generate([p for p, _ in asked], [s for _, s in asked], use_tqdm=False)  # type: ignore[no-any-return]
+
+
+def tiled(name: str, request: Request, index: int) -> list[torch.Tensor]:
+    """What the plain pipeline gives with its VAE's own tiling, in tiles as small as those of `SMALL_TILES`."""
+    vae = _pipeline(folder(name)).vae
+    vae.enable_tiling()
+    try:
+        with small_tiles():
+            return plain(name, request, seed_of(index), "pt")
+    finally:
+        vae.disable_tiling()
 
 
 def check(name: str, outputs: list[OmniRequestOutput], indexes: list[int], methods: Sequence[str]) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from denoised.errors import InvalidConfigError
-from tests.contract.parallel import check, counts, degrees_of, run, run_requests
-from tests.contract.support import ORDER, REORDERED, _pipeline, difference, folder, media, plain, request_of, seed_of
-from tests.tiny import small_tiles
+from tests.contract.parallel import SMALL_TILES, acted, check, counts, degrees_of, run, run_requests, tiled
+from tests.contract.support import ORDER, REORDERED, difference, media, request_of
+from tests.tiny.pictures import picture
 from tests.tiny.row import Request
 
 NO_ENCODER = ("cosmos3_image", "cosmos3_video")
@@ -20,7 +19,7 @@ SIZES: dict[str, Request] = {
     "flux2_dev": {"height": 96, "width": 128},
     "flux2_klein": {"height": 96, "width": 128},
     "ernie_image": {"height": 96, "width": 128},
-    "flux_kontext": {"height": 64, "width": 96, "max_area": 64 * 96},
+    "flux_kontext": {"height": 64, "width": 96, "max_area": 64 * 96, "image": picture(64, 64)},
 }
 # Rows whose pictures or videos are read, too.
 READING = (
@@ -40,8 +39,8 @@ def test_text_encoders(name: str, record_property: Callable[[str, object], None]
         record_property("refused", str(caught.value))
         return
     outputs = run(name, [0, 1], **degrees)
-    check(name, outputs, [0, 1])
-    assert all(counted["all_reduce"] > 0 for counted in counts(outputs)), counts(outputs)
+    check(name, outputs, [0, 1], ["text_encoder_tp"])
+    acted(outputs, ["text_encoder_tp"])
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -49,10 +48,8 @@ def test_text_encoders(name: str, record_property: Callable[[str, object], None]
 def test_vae_tiles(name: str) -> None:
     """Tiles of decode, and of encode where the row reads pictures, on two ranks: what the VAE's own tiling gives."""
     request = _large(name)
-    (output,) = run_requests(
-        name, [request], output_type="pt", plugins=("tests.contract.small_tiles",), **degrees_of("vae_patch")
-    )
-    assert difference(_tiled(name, request), media(output)) <= REORDERED
+    (output,) = run_requests(name, [request], output_type="pt", plugins=SMALL_TILES, **degrees_of("vae_patch"))
+    assert difference(tiled(name, request, 0), media(output)) <= REORDERED
     for method in ("decode", "encode") if name in READING else ("decode",):
         tiles = [counted[f"vae_{method}_tiles"] for counted in counts([output])]
         assert min(tiles) > 0, (method, tiles)
@@ -65,14 +62,3 @@ def _large(name: str) -> Request:
     larger = SIZES.get(name, {"height": 64, "width": 96} if "height" in request else {})
     steps = {"num_inference_steps": 2} if "num_inference_steps" in request else {}
     return request | larger | steps
-
-
-def _tiled(name: str, request: Request) -> list[torch.Tensor]:
-    """What the plain pipeline gives with its VAE's own tiling."""
-    vae = _pipeline(folder(name)).vae
-    vae.enable_tiling()
-    try:
-        with small_tiles():
-            return plain(name, request, seed_of(0), "pt")
-    finally:
-        vae.disable_tiling()
