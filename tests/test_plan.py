@@ -216,7 +216,22 @@ def test_command_line(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.stderr
     assert "4096 image and 512 text tokens" in shown.stdout
     assert "11.90 B" in shown.stdout
-    assert [line[:1] for line in shown.stdout.splitlines()].count("*") == 1
+    lines = shown.stdout.splitlines()
+    [star] = [line.split("  ") for line in lines if line.startswith("*")]
+    name, _, *cells = [cell.strip() for cell in star if cell.strip("* ")]
+    [recommended] = [line.removeprefix("Recommended: ") for line in lines if line.startswith("Recommended: ")]
+    best = plan(big("FluxPipeline"), H100, 8).best.prediction
+    alone = predict(Layout(), big("FluxPipeline"), H100)
+    share, free = best.communication / best.step, (best.room - best.memory.total) / 2**30
+    assert name == best.layout.name()
+    assert recommended == (
+        f"{name}: {alone.total / best.total:.1f} times as fast as one rank, {100 * share:.0f}% of a step is exchange, "
+        f"{free:.1f} GiB a rank stay free."
+    )
+    assert f"Flags: {best.layout.flags()}" in lines
+    assert {f"{100 * share:.0f}%", f"{best.sent / 2**30:.2f}"} <= set(cells), "exchange, and GiB sent a step"
+    table = {line.split()[0]: line.split()[-2:] for line in lines if line.split()[1:2] and "Model" in line.split()[1]}
+    assert table["transformer"] == ["22.2", "22.2"], "of all, and of a rank: ulysses divides no weights"
     own = denoised("plan", folder, "--efficiency", 0.8, "--bandwidth", 90, "--usp", 2, "--json", "--height", 256)
     hardware = json.loads(own.stdout)["hardware"]
     assert (hardware["efficiency"], hardware["link"]) == (0.8, pytest.approx(90e9 / LINK_EFFICIENCY))
@@ -225,6 +240,18 @@ def test_command_line(tmp_path: Path) -> None:
     assert layout["layout"]["ulysses"] == 4
     assert layout["flags"] == "--usp 4 --use-hsdp"
     assert layout["bytes_per_rank"] < 15 * 2**30
+    held, model = layout["memory"]["weights"], big("FluxPipeline")
+    assert {name: model.bytes_of(name) / held[name] for name in held} == {
+        "transformer": pytest.approx(4),
+        "text_encoder": pytest.approx(4),
+        "text_encoder_2": pytest.approx(4),
+        "vae": 1,
+    }
+    assert layout["bytes_per_rank"] == sum(held.values()) + layout["memory"]["working"]
+    assert layout["traffic"].keys() == {"ulysses", "hsdp"}
+    assert layout["traffic"]["hsdp"]["bytes"] == pytest.approx(model.bytes_of("transformer") * 3 / 4)
+    assert layout["bytes_sent"] == sum(part["bytes"] for part in layout["traffic"].values())
+    assert json.loads(asked.stdout)["why"].startswith("ulysses 4, hsdp: ")
 
 
 def test_command_line_refuses_in_one_sentence(tmp_path: Path) -> None:

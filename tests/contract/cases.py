@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from denoised import DiffusionParallelConfig
-from tests.contract.support import request_of
+from tests.contract.support import latent_type, request_of
 from tests.tiny.row import Request
 
 # Double stream, single stream, cross-attention video with two experts, guidance in one batch, sound, a mixture.
@@ -24,11 +24,16 @@ WORDS = "an old red robot paints two quiet birds over the lake at night".split()
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Requests of a row for an engine with these degrees."""
+    """Requests of a row for an engine with these degrees; `decoded`: for pictures or sound, not for latents."""
 
     name: str
     degrees: dict[str, Any]
     requests: tuple[Request, ...]
+    decoded: bool = False
+
+    @property
+    def output_type(self) -> str:
+        return "pt" if self.decoded else latent_type(self.name)
 
 
 @st.composite
@@ -78,7 +83,9 @@ def _extras(draw: st.DrawFn, axes: dict[str, int]) -> dict[str, Any]:
 def cases(draw: st.DrawFn, degrees_: st.SearchStrategy[dict[str, Any]]) -> Case:
     name = draw(st.sampled_from(NAMES))
     requests = tuple(draw(_request(name)) for _ in range(draw(st.integers(1, 3))))
-    return Case(name=name, degrees=draw(degrees_), requests=requests)
+    asked = draw(degrees_)
+    often = 8 if asked.get("vae_patch_parallel_size", 1) != 1 else 2  # tiles are of what is decoded
+    return Case(name=name, degrees=asked, requests=requests, decoded=draw(st.integers(0, 9)) < often)
 
 
 @st.composite

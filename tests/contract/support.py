@@ -132,6 +132,19 @@ def rows_counted(name: str) -> Iterator[Counter[str]]:
             hook.remove()
 
 
+@contextlib.contextmanager
+def tiled(name: str, asked: bool = True) -> Iterator[None]:
+    """The plain pipeline's VAE with its own tiling inside the block."""
+    vae = _pipeline(folder(name)).vae
+    if asked:
+        vae.enable_tiling()
+    try:
+        yield
+    finally:
+        if asked:
+            vae.disable_tiling()
+
+
 @functools.cache
 def reference(name: str, index: int, output_type: str, unguided: bool = False) -> list[torch.Tensor]:
     """The plain pipeline's answer to a row's request, computed once."""

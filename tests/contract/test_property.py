@@ -21,9 +21,20 @@ from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError, InvalidRequestError
 from denoised.rules import validate
 from tests.contract.cases import FIELDS, MAX_RANKS, Case, cases, degrees
-from tests.contract.parallel import PATIENCE, TRACES, counts
+from tests.contract.parallel import PATIENCE, TRACES, by_place, counts
 from tests.contract.reads import MARK
-from tests.contract.support import EXACT, REORDERED, as_omni, difference, folder, latent_type, media, plain, seed_of
+from tests.contract.support import (
+    EXACT,
+    REORDERED,
+    as_omni,
+    difference,
+    folder,
+    media,
+    plain,
+    rows_counted,
+    seed_of,
+    tiled,
+)
 from tests.tiny import ROWS
 from tests.tiny.row import Request
 from tests.watchdog import within
@@ -81,8 +92,11 @@ def test_same_latents_or_a_sentence(case: Case) -> None:
         assert not mark.exists(), f"weights were read before: {outputs}"
         return
     assert mark.exists() or parallel.ranks_per_replica == 1, "the mark is never made, so its absence says nothing"
-    for index, (request, output) in enumerate(zip(case.requests, outputs, strict=True)):
+    rows = [
         _check_output(case, parallel, request, seed_of(index), output)
+        for index, (request, output) in enumerate(zip(case.requests, outputs, strict=True))
+    ]
+    _check_together(parallel, outputs, rows)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +138,7 @@ def _run(
 def _asked_for(omni: Omni, case: Case, index: int) -> Any:
     """Prompt and parameters; or the error that refuses them."""
     try:
-        prompt, params = as_omni(case.requests[index], seed_of(index), latent_type(case.name))
+        prompt, params = as_omni(case.requests[index], seed_of(index), case.output_type)
         omni._request("probe", prompt, params)
     except InvalidRequestError as error:
         return error
@@ -137,28 +151,35 @@ def _check_output(
     request: Request,
     seed: int,
     output: OmniRequestOutput | InvalidRequestError,
-) -> None:
+) -> int:
+    """Gives the rows that the request had; 0 if it has no result."""
     if isinstance(output, InvalidRequestError):
         assert "\n" not in str(output)
         assert str(output).endswith(".")
-        return
+        return 0
     if output.error is not None and parallel.sequence_degree > 1 and _TOO_SHORT.search(output.error):
-        return
+        return 0
     try:
-        expected = plain(case.name, request, seed, latent_type(case.name))
+        with rows_counted(case.name) as rows, tiled(case.name, parallel.vae_patch_parallel_size > 1):
+            expected = plain(case.name, request, seed, case.output_type)
     except Exception as problem:
         note(f"the plain pipeline raises {problem!r}")
         assert output.error is not None, "the plain pipeline fails, and the engine gives something"
-        return
+        return 0
+    if case.decoded and output.error is not None and "not finite" in output.error:
+        assert any(part.isnan().any() for part in expected)
+        return 0
     found = difference(*_without_nan(expected, media(output)))
     assert found <= _bound(case.name, parallel), f"{request} differs by {found}"
-    _check_traces(parallel, output)
+    _check_traces(case, parallel, output)
+    return rows.total()
 
 
 def _without_nan(expected: list[torch.Tensor], got: list[torch.Tensor]) -> tuple[list[torch.Tensor], ...]:
     """One step of some schedulers is no number; then it must be none here."""
-    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(expected, got, strict=True))
-    return [a.nan_to_num() for a in expected], [b.nan_to_num() for b in got]
+    a, b = (torch.cat([part.flatten() for part in parts]) for parts in (expected, got))
+    assert torch.equal(a.isnan(), b.isnan())
+    return [a.nan_to_num()], [b.nan_to_num()]
 
 
 def _bound(name: str, parallel: DiffusionParallelConfig) -> float:
@@ -167,10 +188,11 @@ def _bound(name: str, parallel: DiffusionParallelConfig) -> float:
     So do kernels of the CPU by the place of a weight in its cache line, which is another where weights are gathered.
     """
     reordered = parallel.sequence_degree * parallel.tensor_parallel_size * parallel.text_encoder_tp_size > 1
+    reordered = reordered or parallel.vae_patch_parallel_size > 1
     return REORDERED if reordered or parallel.use_hsdp or ROWS[name].batched else EXACT
 
 
-def _check_traces(parallel: DiffusionParallelConfig, output: OmniRequestOutput) -> None:
+def _check_traces(case: Case, parallel: DiffusionParallelConfig, output: OmniRequestOutput) -> None:
     """What was asked for has acted somewhere."""
     asked = {
         "ulysses": parallel.ulysses_degree > 1,
@@ -182,6 +204,24 @@ def _check_traces(parallel: DiffusionParallelConfig, output: OmniRequestOutput) 
     }
     for method in (method for method, is_asked in asked.items() if is_asked):
         assert all(any(found[trace] for found in counts([output])) for trace in TRACES[method]), method
+    if case.decoded and parallel.vae_patch_parallel_size > 1:
+        assert output.receipt is not None
+        of_one_tile = any("vae_patch_parallel_size did not act" in text for text in output.receipt.notes)
+        assert of_one_tile != any(found["vae_tiles"] for found in counts([output]))
+
+
+def _check_together(parallel: DiffusionParallelConfig, outputs: list[Any], rows: list[int]) -> None:
+    """What requests act on together: cfg places, replicas, and text encoders, whose results others may reuse."""
+    done = [(output, num) for output, num in zip(outputs, rows, strict=True) if num]
+    shares = [by_place(output, parallel.cfg_parallel_size) for output, _ in done]
+    assert [sum(share) for share in shares] == [num for _, num in done], "each row is computed once"
+    if any(num >= 2 * output.receipt.steps for output, num in done) and parallel.cfg_parallel_size > 1:
+        assert sum(any(of_place) for of_place in zip(*shares, strict=True)) > 1, shares
+    if len(done) == len(outputs) > 0:
+        replicas = {output.receipt.replica for output in outputs}
+        assert len(replicas) == min(parallel.data_parallel_size, len(outputs)), replicas
+        encoded = sum(found["encoder_sums"] for output in outputs for found in counts([output]))
+        assert (encoded > 0) == (parallel.text_encoder_tp_size > 1)
 
 
 def _check_sentence(text: str) -> None:
