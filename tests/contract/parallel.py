@@ -82,10 +82,12 @@ def degrees_of(*methods: str, size: int = 2) -> dict[str, Any]:
     return degrees
 
 
-def run(name: str, indexes: list[int], *, output_type: str | None = None, **degrees: Any) -> list[OmniRequestOutput]:
+def run(
+    name: str, indexes: list[int], *, output_type: str | None = None, plugins: tuple[str, ...] = (), **degrees: Any
+) -> list[OmniRequestOutput]:
     """A row's requests, all in flight together, on ranks with these degrees; never longer than PATIENCE."""
     requests = [request_of(name, index) for index in indexes]
-    return run_requests(name, requests, indexes=indexes, output_type=output_type, **degrees)
+    return run_requests(name, requests, indexes=indexes, output_type=output_type, plugins=plugins, **degrees)
 
 
 def run_requests(

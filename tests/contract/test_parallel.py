@@ -6,7 +6,9 @@ acted on every rank.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +65,43 @@ def test_triples_on_eight_ranks(name: str, methods: tuple[str, ...]) -> None:
     assert len(counts(outputs)) == 8
     acted(outputs, methods)
     dealt(outputs, [rows_of(name, index) for index in (0, 1)], degrees)
+
+
+# A plugin: each rank writes down how many bytes of the denoiser it keeps once that is sharded, and how many it had.
+KEPT = """
+import json, pathlib
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from denoised.features import hsdp
+
+apply = hsdp.apply
+
+def noting(model, spec, *args):
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    gathers = apply(model, spec, *args)
+    if spec is not None:
+        local = [(p.to_local() if isinstance(p, DTensor) else p).untyped_storage() for p in model.parameters()]
+        kept = sum({{one.data_ptr(): one.nbytes() for one in local}}.values())
+        pathlib.Path({folder!r}, str(dist.get_rank())).write_text(json.dumps([kept, whole]))
+    return gathers
+
+hsdp.apply = noting
+"""
+
+
+def test_two_copies_of_two_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HSDP over cfg and ring: each pair of ranks holds the denoiser once, half of it each."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (tmp_path / "notes_what_is_kept.py").write_text(KEPT.format(folder=str(kept)))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    degrees = degrees_of("cfg", "ring", "hsdp") | {"hsdp_shard_size": 2, "hsdp_replicate_size": 2}
+    outputs = run("sd3", [0, 1], plugins=("notes_what_is_kept",), **degrees)
+    check("sd3", outputs, [0, 1], ["cfg", "ring", "hsdp"])
+    acted(outputs, ("cfg", "ring", "hsdp"))
+    dealt(outputs, [rows_of("sd3", index) for index in (0, 1)], degrees)
+    shares = [json.loads((kept / str(rank)).read_text()) for rank in range(4)]
+    assert all(0.5 <= bytes_kept / whole < 0.54 for bytes_kept, whole in shares), shares
 
 
 def test_no_text_encoder_to_share_is_refused() -> None:
