@@ -171,6 +171,17 @@ def _idle(flight: InFlight, work: list[Work]) -> list[str]:
     return [problem for problem in found if problem is not None]
 
 
+def _idle(flight: InFlight, work: list[Work]) -> list[str]:
+    """Layers that an adapter was made for and that never ran it. Of a request that began in its middle, blocks that a
+    cache skips may have run before."""
+    if flight.resumed_from and any(did.counts["cache_blocks_skipped"] for did in work):
+        return []
+    ranks = zip(*(did.loras for did in work), strict=True)
+    told = zip(flight.loras, flight.lora_places, ranks, strict=True)
+    found = [lora.problem(one["name"], places, acted) for one, places, acted in told if one["scale"]]
+    return [problem for problem in found if problem is not None]
+
+
 def _unkept(flight: InFlight) -> list[str]:
     """Why checkpoints and previews that were asked for were not made."""
     journal = flight.task.journal
