@@ -21,7 +21,7 @@ START, END = "<!-- pairs:start -->", "<!-- pairs:end -->"
 # Methods that are axes of ranks or act over them, and features that go with ranks.
 ORDER = (
     *("cfg", "ulysses", "ring", "tensor", "pipeline", "hsdp", "expert", "text_encoder_tp", "vae_patch", "data"),
-    *("cache", "quantization", "lora", "cpu_offload", "layerwise_offload"),
+    *("cache", "quantization", "lora", "cpu_offload", "layerwise_offload", "compile", "attention_backend"),
 )
 
 

@@ -8,7 +8,7 @@ rank.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from denoised import DiffusionParallelConfig, Omni, OmniRequestOutput
+from denoised.attention import graphs
 from denoised.errors import InvalidConfigError
 from tests.contract import test_lora, test_quantize
 from tests.contract.parallel import METHODS, PATIENCE, acted, counts, degrees_of
@@ -47,6 +48,8 @@ FEATURES = {
     "lora": Feature(trace="lora_layers", lossy=True),
     "cpu_offload": Feature(settings={"enable_cpu_offload": True}, trace="offload_bytes"),
     "layerwise_offload": Feature(settings={"enable_layerwise_offload": True}, trace="offload_blocks"),
+    "compile": Feature(trace="compiled_blocks"),  # settings: `compiled`
+    "attention_backend": Feature(settings={"attention_backend": "native_math"}, trace="attention_native_math"),
 }
 # Whose blocks have what the method divides; decoded pictures of several tiles.
 MODELS = {"expert": "hidream_i1", "vae_patch": "sd3"}
@@ -61,9 +64,14 @@ REFUSED = {
 QUICK = {("cache", "data"), ("lora", "text_encoder_tp"), ("layerwise_offload", "vae_patch"), ("lora", "cpu_offload")}
 
 
+# Have a test of their own below.
+APART = {("lora", "compile")}
+
+
 def _cells() -> list[Any]:
     pairs = [(feature, method) for feature in FEATURES for method in METHODS]
     pairs += [(a, b) for a, b in combinations(FEATURES, 2) if not (FEATURES[a].lossy and FEATURES[b].lossy)]
+    pairs = [pair for pair in pairs if pair not in APART]
     return [pytest.param(*pair, marks=() if pair in QUICK or pair in REFUSED else slow) for pair in pairs]
 
 
@@ -96,6 +104,22 @@ def test_a_cache_beside_an_adapter() -> None:
     shown(skips, ("cache", "lora"))
 
 
+@slow
+@pytest.mark.pair("lora", "compile")
+def test_an_adapter_beside_compiled_blocks() -> None:
+    """A request with one runs blocks as they are written, and the other one those that are compiled."""
+    outputs = run(("lora", "compile"))
+    expected = [alone(("lora",), "qwen_image")[0], alone((), "qwen_image")[1]]
+    for whole, output in zip(expected, outputs, strict=True):
+        assert difference(whole, media(output)) <= REORDERED
+    adapted, plain = (output.receipt.ranks[0].counts for output in outputs if output.receipt is not None)
+    assert adapted["lora_layers"] > 0
+    assert adapted["eager_blocks"] > 0
+    assert "compiled_blocks" not in adapted
+    assert plain["compiled_blocks"] > 0
+    assert "eager_blocks" not in plain
+
+
 def model_of(method: str) -> str:
     return MODELS.get(method, "qwen_image")
 
@@ -109,11 +133,33 @@ def bound(feature: str, method: str) -> float:
 def run(names: tuple[str, ...], model: str = "", **settings: Any) -> list[OmniRequestOutput]:
     """Two requests in flight with these features and methods."""
     model = model or model_of(names[-1])
-    asked = [_asked(model, index, "lora" in names, "vae_patch" in names) for index in (0, 1)]
+    adapted = (0,) if {"lora", "compile"} <= set(names) else (0, 1) if "lora" in names else ()
+    asked = [_asked(model, index, index in adapted, "vae_patch" in names) for index in (0, 1)]
     methods = [name for name in names if name in METHODS]
     for name in names:
         settings |= FEATURES[name].settings if name in FEATURES else {}
+    if "compile" in names:
+        settings |= compiled(model, tiled="vae_patch" in names)
     return within(PATIENCE, _run, model, asked, DiffusionParallelConfig(**degrees_of(*methods)), settings)
+
+
+def compiled(model: str, *, tiled: bool) -> dict[str, Any]:
+    """Blocks compiled for the sizes that are asked for: tiny models cannot make what real ones make by default."""
+    asked = request_of(model, 0) | (TILED if tiled else {})
+    own = {"max_sequence_length": 40} if model == "hidream_i1" else {}  # of the warm-up, as of the requests
+    return {
+        "enforce_eager": False,
+        "compile_shapes": (f"{asked['width']}x{asked['height']}",),
+        "default_sampling_params": {"extra_args": own},
+    }
+
+
+@pytest.fixture(autouse=True)
+def _traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are traced and called, but no code is made of them: here, and by `tests.traced_only` on ranks."""
+    monkeypatch.setattr(graphs, "generate", lambda graph, inputs: graph.forward)
+    yield
+    torch._dynamo.reset()
 
 
 def _asked(model: str, index: int, adapted: bool, tiled: bool) -> Any:
@@ -125,11 +171,14 @@ def _asked(model: str, index: int, adapted: bool, tiled: bool) -> Any:
 def _run(
     model: str, asked: list[Any], parallel: DiffusionParallelConfig, settings: dict[str, Any]
 ) -> list[OmniRequestOutput]:
+    plugins = ["tests.contract.rank_setup"]
+    if "enforce_eager" in settings and parallel.world_size > 1:  # one rank is this process
+        plugins.append("tests.traced_only")
     with Omni(
         folder(model),
         parallel_config=parallel,
         num_threads=1,
-        plugins=("tests.contract.rank_setup",),
+        plugins=tuple(plugins),
         deterministic=True,
         **settings,
     ) as omni:
