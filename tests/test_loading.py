@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import shutil
 import tempfile
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +48,33 @@ def state(pipeline: Any) -> dict[str, Tensor]:
 
 def loaded(dtype: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, set[str], int]:
     """A pipeline whose weights were read so, the threads that read, and the bytes."""
-    readers: set[str] = set()
-
-    def noting(path: Any, name: str) -> Tensor:
-        readers.add(threading.current_thread().name.split("_")[0])
-        return stored.mapped(path, name)
-
-    monkeypatch.setattr(weights, "_stored", noting)
+    readers = noted(threads, monkeypatch)
     pipeline = load.load(EngineConfig(model=str(folder()), dtype=dtype), device="cpu", unread=True)
     assert all(isinstance(p, Unread) for p in pipeline.transformer.parameters())
     with counted() as counts:
         weights.fill_all(parts(pipeline).values(), threads=threads)
     return pipeline, readers, counts["weight_bytes_read"]
+
+
+def noted(threads: int, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The threads that read from here on. The first so many wait for each other, so that none does the others' work;
+    there is nobody to wait for if there are fewer."""
+    readers: set[str] = set()
+    together, lock = threading.Barrier(max(1, threads)), threading.Lock()
+
+    def noting(path: Any, name: str) -> Tensor:
+        me = threading.current_thread().name
+        with lock:
+            waits = me not in readers and me.startswith("weights")
+            readers.add(me)
+        if waits:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait(timeout=10)
+        return stored.mapped(path, name)
+
+    monkeypatch.setattr(weights, "_stored", noting)
+    monkeypatch.setattr(weights, "BATCH", 1)  # tiny weights would be handed to one thread, all at once
+    return readers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -70,9 +88,14 @@ def test_threads_read_what_a_plain_load_reads(dtype: str, threads: int, monkeypa
         assert not isinstance(got[key], Unread), key
         assert torch.equal(got[key], value), key
         assert got[key].data_ptr() % 64 == value.data_ptr() % 64, f"kernels round by where {key} lies in a cache line"
-    assert readers == ({"weights"} if threads else {"MainThread"})
+    assert kinds(readers) == ({"weights": threads} if threads else {"MainThread": 1})
     entries = [entry for file in folder().rglob("*.safetensors") for entry in stored.entries(file).values()]
     assert num_bytes == sum(entry.end - entry.begin for entry in entries)
+
+
+def kinds(readers: set[str]) -> dict[str, int]:
+    """How many threads there are of each name, which a pool numbers."""
+    return dict(Counter(name.split("_")[0] for name in readers))
 
 
 def resident(tensor: Tensor) -> bool:
@@ -95,15 +118,18 @@ def test_whole_tensors_are_mapped_and_writing_stays_here(monkeypatch: pytest.Mon
     assert torch.equal(safetensors.torch.load_file(file)[KEY], before), "the file is as it was"
 
 
-def test_the_engine_reads_on_threads() -> None:
-    """And gives what it gives without."""
+def test_the_engine_reads_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On as many as it is told, and gives what it gives without."""
     params = OmniDiffusionSamplingParams(num_inference_steps=2, height=64, width=64, seed=3, output_type="np")
     images = []
-    for settings in ({}, {"num_weight_load_threads": 2}, {"enable_multithread_weight_load": True}):
+    cases = (({}, 0), ({"num_weight_load_threads": 2}, 2), ({"enable_multithread_weight_load": True}, 4))
+    for settings, threads in cases:
+        readers = noted(threads, monkeypatch)
         with Omni(str(folder()), num_threads=1, **settings) as omni:
             [output] = omni.generate("a cat sits on the table", params, use_tqdm=False)
         assert output.error is None, output.error
         images.append(output.images[0])
+        assert kinds(readers).get("weights", 0) == threads
     assert all((image == images[0]).all() for image in images[1:])
 
 
@@ -149,6 +175,37 @@ def test_settings_that_cannot_act_are_refused() -> None:
     assert load.num_load_threads(EngineConfig(), "cuda") == load.LOAD_THREADS
     assert load.num_load_threads(EngineConfig(num_weight_load_threads=7), "cpu") == 7
     assert load.num_load_threads(EngineConfig(enable_multithread_weight_load=False), "cuda") == 0
+
+
+@torch.no_grad()
+def test_slices_and_tiles_are_what_the_vae_decodes() -> None:
+    """Two small pictures are two decodes, and one decode without slicing; a large one is tiles, and whole without."""
+    decoded: dict[str, list[tuple[int, ...]]] = {}
+    for name in ("", "vae_use_slicing", "vae_use_tiling"):
+        vae = load.load(EngineConfig(model=str(folder()), **({name: True} if name else {})), device="cpu").vae
+        seen = decoded.setdefault(name, [])
+        vae.decoder.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(tuple(args[0].shape)))
+        vae.decode(torch.zeros(2, vae.config.z_dim, 1, 4, 4))
+        wide = vae.tile_sample_min_width // vae.spatial_compression_ratio + 8
+        vae.decode(torch.zeros(1, vae.config.z_dim, 1, 4, wide))
+    rows = {name: [shape[0] for shape in shapes] for name, shapes in decoded.items()}
+    assert rows[""] == [2, 1]
+    assert rows["vae_use_slicing"] == [1, 1, 1]
+    assert len(rows["vae_use_tiling"]) > 2
+    assert max(shape[-1] for shape in decoded["vae_use_tiling"]) < wide == max(shape[-1] for shape in decoded[""])
+
+
+def test_vae_settings_that_had_nothing_to_act_on_are_noted() -> None:
+    params = OmniDiffusionSamplingParams(num_inference_steps=2, height=64, width=64, seed=3, output_type="np")
+    wide = dataclasses.replace(params, width=320, height=320)
+    two = dataclasses.replace(params, num_outputs_per_prompt=2)
+    with Omni(str(folder()), num_threads=1, vae_use_tiling=True, vae_use_slicing=True) as omni:
+        found = []
+        for each in (params, two, wide):
+            [output] = omni.generate("a cat", each, use_tqdm=False)
+            assert output.error is None, output.error
+            found.append([note.split()[0] for note in output.receipt.notes if "did not act" in note])
+    assert found == [["vae_use_slicing", "vae_use_tiling"], ["vae_use_tiling"], ["vae_use_slicing"]]
 
 
 def test_vae_settings_act_or_are_refused() -> None:

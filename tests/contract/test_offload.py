@@ -35,9 +35,10 @@ MODES: dict[str, dict[str, Any]] = {
 BOUNDS = {"tensor": REORDERED, "ulysses": REORDERED, "pipeline": EXACT, "cfg": EXACT}
 
 
-def run(name: str, indexes: list[int], **settings: Any) -> list[OmniRequestOutput]:
+def run(name: str, indexes: list[int], *, steps: int | None = None, **settings: Any) -> list[OmniRequestOutput]:
     """A row's requests, all in flight together, and no rows of different requests in one forward."""
-    asked = [as_omni(request_of(name, i), seed_of(i), latent_type(name)) for i in indexes]
+    more = {} if steps is None else {"num_inference_steps": steps}
+    asked = [as_omni(request_of(name, i) | more, seed_of(i), latent_type(name)) for i in indexes]
     return within(parallel.PATIENCE, _run, name, asked, settings)
 
 
@@ -74,6 +75,22 @@ def test_offload(name: str, mode: str) -> None:
 def test_offload_of_every_model(name: str, mode: str) -> None:
     """Three requests in flight, so that components come and go while requests are at different stages."""
     check(name, mode, run(name, [0, 1, 2], **MODES[mode]), [0, 1, 2], EXACT)
+
+
+def test_blocks_that_a_cache_skips_are_not_fetched() -> None:
+    """Against a cache that never skips, which costs the same otherwise."""
+    settings = {"max_warmup_steps": 2, "residual_diff_threshold": 50.0}
+    found = {}
+    for skips, changed in ((False, {"residual_diff_threshold": 0.0}), (True, {})):
+        more = {"cache_backend": "cache_dit", "cache_config": settings | changed}
+        (output,) = run("qwen_image", [0], steps=8, **MODES["layerwise"], **more)
+        assert output.error is None, output.error
+        (found[skips],) = parallel.counts([output])
+    plain, cached = found[False], found[True]
+    assert plain["cache_blocks_skipped"] == 0
+    assert plain["offload_blocks"] - cached["offload_blocks"] == cached["cache_blocks_skipped"] > 0
+    each = (plain["offload_bytes"] - cached["offload_bytes"]) / cached["cache_blocks_skipped"]
+    assert each * plain["offload_blocks"] > 0.8 * plain["offload_bytes"], "a whole block for each that is skipped"
 
 
 def layout(method: str, name: str, mode: str) -> None:

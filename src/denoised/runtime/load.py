@@ -245,6 +245,7 @@ def _check_complete(pipeline: Any, folder: Path, *, without: Collection[str]) ->
 
 def _configured(pipeline: Any, config: EngineConfig) -> Any:
     """Settings of the engine that pipelines read from themselves."""
+    from denoised.runtime import vae_flags
     from denoised.runtime.model_info import branching_config
     from denoised.runtime.program import set_flow_shift
 
@@ -255,15 +256,7 @@ def _configured(pipeline: Any, config: EngineConfig) -> Any:
     if config.flow_shift is not None:
         _refuse_unless("flow_shift" in branching_config(pipeline), "flow_shift", pipeline)
         set_flow_shift(pipeline.scheduler, config.flow_shift)
-    for setting, flag in (("vae_use_slicing", "use_slicing"), ("vae_use_tiling", "use_tiling")):
-        if getattr(config, setting):
-            vae = getattr(pipeline, "vae", None)
-            if not hf.asks_itself(vae, flag):
-                raise InvalidConfigError(
-                    f"{setting}=True: the VAE of {type(pipeline).__name__} ({type(vae).__name__}) cannot do that; "
-                    "leave it out."
-                )
-            setattr(vae, flag, True)
+    vae_flags.apply(pipeline, config)
     return pipeline
 
 

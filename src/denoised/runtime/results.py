@@ -11,7 +11,7 @@ from denoised.features import lora
 from denoised.features.guidance import Work
 from denoised.outputs import OmniRequestOutput, RankWork, Receipt
 from denoised.request import Request
-from denoised.runtime import cache_report, memory, program
+from denoised.runtime import cache_report, memory, program, vae_flags
 from denoised.runtime.failures import kind_of
 from denoised.runtime.model_info import ModelInfo
 from denoised.steps.forward import Stage
@@ -155,20 +155,12 @@ def _peaks(found: list[dict[str, float]]) -> dict[str, float]:
 
 def _inert(work: list[Work]) -> list[str]:
     """What was asked for and had nothing to act on in this request."""
-    if not any(did.counts["vae_patch_single_tile"] for did in work):
-        return []
-    return ["vae_patch_parallel_size did not act: the picture is one tile of this VAE; every rank computed it."]
-
-
-def _idle(flight: InFlight, work: list[Work]) -> list[str]:
-    """Layers that an adapter was made for and that never ran it. Of a request that began in its middle, blocks that a
-    cache skips may have run before."""
-    if flight.resumed_from and any(did.counts["cache_blocks_skipped"] for did in work):
-        return []
-    ranks = zip(*(did.loras for did in work), strict=True)
-    told = zip(flight.loras, flight.lora_places, ranks, strict=True)
-    found = [lora.problem(one["name"], places, acted) for one, places, acted in told if one["scale"]]
-    return [problem for problem in found if problem is not None]
+    notes = vae_flags.inert([did.counts for did in work])
+    if any(did.counts["vae_patch_single_tile"] for did in work):
+        notes.append(
+            "vae_patch_parallel_size did not act: the picture is one tile of this VAE; every rank computed it."
+        )
+    return notes
 
 
 def _idle(flight: InFlight, work: list[Work]) -> list[str]:
