@@ -8,6 +8,7 @@ and what follows is as far off as quantization itself puts it. Where nothing is 
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from denoised import DiffusionParallelConfig, LoRARequest, Omni, OmniRequestOutput
 from denoised.features.quantize.layers import layers
+from denoised.spec.registry import resolve
 from tests import gguf_files
 from tests.contract import parallel, test_lora
 from tests.contract.support import (
@@ -101,10 +103,26 @@ def plainly(name: str, method: str, index: int = 0) -> list[torch.Tensor]:
         if getattr(pipeline, part, None) is not None:
             paths = {path for path, _ in layers(getattr(pipeline, part))}
             quantize_(getattr(pipeline, part), configs[method](), filter_fn=lambda _, path, paths=paths: path in paths)
+    if method == "fp8":
+        for _, layer in layers(pipeline.transformer):
+            layer.weight = torch.nn.Parameter(in_fp8(layer.weight.detach()), requires_grad=False)  # type: ignore[assignment,arg-type]
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(seed_of(index))
     result = pipeline(**request_of(name, index), generator=generator, output_type=latent_type(name))
     return tensors(next(getattr(result, n) for n in ("images", "frames", "video", "audios") if hasattr(result, n)))
+
+
+def in_fp8(matrix: torch.Tensor) -> torch.Tensor:
+    """Torchao's tensor, made by hand: its own way asks for a GPU first."""
+    from torchao.float8.inference import Float8MMConfig
+    from torchao.quantization import Float8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+    active = QuantizeTensorToFloat8Kwargs(torch.float8_e4m3fn, PerRow())
+    found: torch.Tensor = Float8Tensor.from_hp(
+        matrix, granularity=PerRow(), mm_config=Float8MMConfig(use_fast_accum=True), act_quant_kwargs=active
+    )
+    return found
 
 
 def off(expected: list[torch.Tensor], got: list[torch.Tensor]) -> float:
@@ -127,8 +145,7 @@ def check(name: str, method: str) -> None:
     got = media(output)
     acted(output, method)
     assert 0 < off(reference(name, 0, latent_type(name)), got) <= FAR[method]
-    if method != "fp8":  # torchao's own way asks for a GPU first
-        assert difference(plainly(name, method), got) <= REORDERED
+    assert difference(plainly(name, method), got) <= REORDERED
 
 
 @pytest.mark.parametrize(
@@ -155,6 +172,31 @@ def test_every_row(name: str, method: str) -> None:
         pytest.skip(str(error))
     acted(outputs[0], method)
     assert off(plainly(name, method), media(outputs[0])) <= FAR[method]
+
+
+# Of the parts of a path, what is no matrix of a block: as the models' authors name it, not as our list does.
+SMALL = re.compile(
+    r"(^|_)(norm\d*|norm_.*|ln|mod|modulation|adaln.*|ada_ln.*|scale_shift.*)(_|$)"  # what shifts and scales
+    r"|embed|(^|_)emb(_|$)|caption|projector|time|patch|rope|pos_|guidance_in|router|(^|_)gate$|head$"
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("hidream_i1", "glm_image") else slow) for name in ORDER]
+)
+def test_nothing_small_is_quantized(name: str) -> None:
+    """By names that are written here, and not by the list that chooses."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder(name))
+    spec = resolve(pipeline)
+    for component in spec.denoisers:
+        model = getattr(pipeline, component)
+        chosen = {path for path, _ in layers(model, spec.unquantized)}
+        assert [path for path in chosen if any(SMALL.search(part) for part in path.split("."))] == []
+        assert all(type(model.get_submodule(path)) is torch.nn.Linear for path in chosen)
+        small = [p for p, part in model.named_modules() if isinstance(part, torch.nn.Linear) and p not in chosen]
+        assert small, "a model has layers to leave alone, so that the patterns have something to find"
 
 
 @functools.cache
@@ -240,18 +282,27 @@ def test_offload(method: str, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.pair("quantization", "lora")
-@pytest.mark.parametrize("layout", ["", pytest.param("tensor", marks=slow), pytest.param("pipeline", marks=slow)])
-def test_lora_beside_quantized_layers(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "method"),
+    [
+        *(("", method) for method in ("int8_weight_only", "int8", "gguf")),
+        *(pytest.param(layout, "int8_weight_only", marks=slow) for layout in ("tensor", "pipeline")),
+        *(pytest.param(layout, "gguf", marks=slow) for layout in ("tensor", "pipeline")),
+        pytest.param("", "fp8", marks=slow),
+    ],
+)
+def test_lora_beside_quantized_layers(layout: str, method: str) -> None:
     """An adapter adds to the layer's product, whatever that is made of."""
     adapter = test_lora.asked_for("qwen_image", 1)
     config = DiffusionParallelConfig(**(parallel.degrees_of(layout) if layout else {}))
-    plainly_adapted = run("qwen_image", [0], None, loras=(adapter,))
-    (output,) = run("qwen_image", [0], "int8_weight_only", loras=(adapter,), parallel_config=config)
-    assert off(media(plainly_adapted[0]), media(output)) <= 2 * FAR["int8_weight_only"]
-    assert off(reference("qwen_image", 0, latent_type("qwen_image")), media(output)) > 4 * FAR["int8_weight_only"]
+    model = model_of("qwen_image", method)
+    (output,) = run("qwen_image", [0], asked_of(method), model=model, loras=(adapter,), parallel_config=config)
+    adapted = test_lora.reference("qwen_image", 0, 1)
+    assert off(adapted, media(output)) <= 2 * FAR[method]
+    assert off(reference("qwen_image", 0, latent_type("qwen_image")), media(output)) > 4 * FAR[method]
     assert output.receipt is not None
     assert output.receipt.loras
-    acted(output, "int8_weight_only")
+    acted(output, method)
 
 
 @pytest.mark.pair("cache", "quantization")

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 UNQUANTIZED = (
     *("norm*", "*_norm", "*_norm[0-9]", "ln_*"),  # also the layers inside of norms that shift and scale
-    *("*embed*", "shared", "lm_head"),
+    *("*embed*", "shared", "lm_head", "caption_projection", "*_projector"),
     *("*_mod", "mod", "*modulation*", "adaln*", "*scale_shift*", "time_proj", "time_emb*", "*_emb"),
     *("gate", "*router*", "*gate_logits*"),  # who is asked decides more than what is answered
 )
