@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,44 @@ def test_engine_attends_by_it_and_says_so() -> None:
     assert support.difference(expected, support.media(output)) <= BOUND
     assert output.receipt is not None
     assert output.receipt.ranks[0].counts["attention_flex"] > 0
+
+
+def switches() -> dict[str, Any]:
+    """What is the whole process's: torch's choice of kernels, and diffusers' own backend."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    names = [name for name in dir(torch.backends.cuda) if name.endswith("_sdp_enabled")]
+    found = {name: getattr(torch.backends.cuda, name)() for name in names}
+    return found | {"diffusers": _AttentionBackendRegistry.get_active_backend()[0]}
+
+
+def kernels_of(output: Any) -> dict[str, int]:
+    counts = output.receipt.ranks[0].counts
+    return {name: n for name, n in counts.items() if name.startswith("attention_")}
+
+
+def test_two_engines_of_one_process_attend_differently_and_no_switch_is_set() -> None:
+    """Requests of both in flight at once; each component of each engine by its own kernel."""
+    before, row, kind = switches(), "qwen_image", support.latent_type("qwen_image")
+    assert len(before) >= 4
+    assert torch.nn.functional.scaled_dot_product_attention is plain
+    math, flash = "native_math", "native_flash"
+    settings = [{"transformer": math, "text_encoder": flash}, {"transformer": flash, "text_encoder": math}]
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(support.engine(row, attention_backend=setting)) for setting in settings]
+        with ThreadPoolExecutor(2) as pool:
+            answers = pool.map(lambda omni: support.ask(omni, row, [0], kind)[0], engines)
+            during = switches()
+            first, second = answers
+    assert before == during == switches()
+    assert torch.nn.functional.scaled_dot_product_attention is plain
+    for output in (first, second):
+        assert support.difference(support.reference(row, 0, kind), support.media(output)) <= BOUND
+    one, two = kernels_of(first), kernels_of(second)
+    assert one.keys() == two.keys() == {"attention_native_math", "attention_native_flash"}
+    # The denoiser attends in each step, the encoder once.
+    assert one["attention_native_math"] == two["attention_native_flash"] > one["attention_native_flash"]
+    assert one["attention_native_flash"] == two["attention_native_math"] > 0
 
 
 def on_ranks(rank: int, world_size: int, path: str, row: str, name: str, ring: int) -> tuple[Tensor, dict[str, int]]:

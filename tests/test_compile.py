@@ -32,6 +32,8 @@ from tests.contract.test_lora import SCALE, adapter, asked_for
 from tests.contract.test_lora import reference as with_adapters
 
 BOUND = 1e-5  # sums in another order, fp32, relative to the largest value
+# The same of blocks with quantized weights; int8 rounds activations, whose sums are in another order.
+QUANTIZED = {"int8_weight_only": 2e-6, "int8": 0.06}
 SPEC = ModelSpec(pipeline="Toy")
 
 
@@ -256,6 +258,25 @@ def test_over_ranks(parallel: dict[str, Any]) -> None:
         outputs = [*ask(omni, [0]), *ask(omni, [0, 1, 2])]
         assert all(counts_of([output], "compiled_blocks") > 0 for output in outputs)
         assert not counts_of(ask(omni, [0, 1, 2]), "recompiles")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int8_weight_only", "int8"])
+def test_quantized_blocks_are_compiled(method: str) -> None:
+    """To code of this device, against the same engine as its blocks are written."""
+    outputs = []
+    for eager in (True, False):
+        with support.engine("qwen_image", quantization=method, enforce_eager=eager, deterministic=True) as omni:
+            outputs.append(support.ask(omni, "qwen_image", [0], "latent")[0])
+    eager, compiled = outputs
+    for output in outputs:
+        assert output.receipt is not None
+        assert output.receipt.quantized[0]["method"] == method
+        assert output.receipt.quantized[0]["layers"] >= 8
+    assert counts_of([compiled], "compiled_blocks") > 0
+    assert not counts_of([compiled], "eager_blocks")
+    assert not counts_of([eager], "compiled_blocks")
+    assert support.difference(support.media(eager), support.media(compiled)) <= QUANTIZED[method]
 
 
 @pytest.mark.slow

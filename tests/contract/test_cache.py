@@ -108,6 +108,35 @@ def test_a_threshold_of_zero_computes_every_step(name: str) -> None:
     assert any(note.startswith(f"warning: cache_backend={backend!r} did not act") for note in output.receipt.notes)
 
 
+# Each of LOOSE with what it never skips with, and the one that is its special case.
+IDLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "dbcache": ("cache_dit", {"residual_diff_threshold": 0.0, "max_warmup_steps": 1}),
+    "taylorseer": ("cache_dit", LOOSE["taylorseer"][1] | {"residual_diff_threshold": 0.0, "max_warmup_steps": 1}),
+    "tea_cache": ("tea_cache", LOOSE["tea_cache"][1] | {"rel_l1_thresh": 0.0}),
+    "mag_cache": ("mag_cache", LOOSE["mag_cache"][1] | {"threshold": 0.0}),
+    "first_block_cache": ("first_block_cache", {"threshold": 0.0}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if (name, kind) == ("flux_dev", "mag_cache") else pytest.mark.slow)
+        for name in ORDER
+        if name != "sdxl"
+        for kind in IDLE
+    ],
+)
+def test_a_threshold_of_zero_is_the_plain_pipeline_on_every_row(name: str, kind: str) -> None:
+    backend, settings = IDLE[kind]
+    with engine(name, cache_backend=backend, cache_config=settings) as omni:
+        prompt, params = as_omni(request_of(name, 0), seed_of(0), latent_type(name))
+        (output,) = omni.generate([prompt], [params], use_tqdm=False)
+    assert difference(reference(name, 0, latent_type(name)), media(output)) == EXACT
+    assert report(output)["skipped"] == 0
+    assert report(output)["computed"] > 0
+
+
 def library(name: str, apply: Any, config: Any) -> list[torch.Tensor]:
     """The plain pipeline with diffusers' own cache."""
     import tests.contract.rank_setup  # noqa: F401
