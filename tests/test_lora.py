@@ -352,13 +352,32 @@ def test_a_receipt_names_the_layers_that_an_adapter_did_not_act_in(tmp_path: Pat
         pipeline = copy.deepcopy(_pristine(BARE))
         if bypassed:
             pipeline.transformer.get_submodule(f"{ATTENTION}.to_q").__class__ = _Bypassed
-        with Omni(pipeline, num_threads=1) as omni:
+        with Omni(pipeline, num_threads=1, max_loras=1, max_lora_mb=1) as omni:
             (output,) = omni.generate(prompt, params, use_tqdm=False)
+            if not bypassed:
+                _is_bounded(omni, prompt, params, tmp_path)
         assert output.error is None, output.error
         notes.append([note for note in output.receipt.notes if "did not act in" in note])
     assert notes[0] == []
     assert f"1 of its {len(some(BARE))} layers" in notes[1][0]
     assert f"transformer.{ATTENTION}.to_q" in notes[1][0]
+
+
+def _is_bounded(omni: Omni, prompt: Any, params: OmniDiffusionSamplingParams, folder: Path) -> None:
+    """By the engine's own max_loras=1 and max_lora_mb=1."""
+    other, large = some(BARE, 1), loras.pairs(_pristine(BARE).transformer, seed=1, rank=500)
+    paths = [
+        loras.write(folder / f"{number}.safetensors", loras.in_diffusers(found))
+        for number, found in enumerate((other, large))
+    ]
+    asked = [dataclasses.replace(params, lora_request=[path]) for path in paths]
+    first, second = omni.generate([prompt, prompt], [params, asked[0]], use_tqdm=False)
+    assert first.error is None, first.error
+    assert "finds no room: max_loras=1" in second.error
+    (alone,), (too_large,) = (omni.generate(prompt, each, use_tqdm=False) for each in asked)
+    assert alone.error is None, alone.error  # in the place of the first
+    assert "more than max_lora_mb=1" in too_large.error
+    assert omni.stats().replicas[0].loras == 1
 
 
 def _plain(pipeline: Any) -> list[Tensor]:

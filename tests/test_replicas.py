@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from denoised import DiffusionParallelConfig, Omni, OmniDiffusionSamplingParams, OmniRequestOutput
+from denoised import DiffusionParallelConfig, LoRARequest, Omni, OmniDiffusionSamplingParams, OmniRequestOutput
 from denoised.config import EngineConfig
+from denoised.errors import InvalidRequestError
 from denoised.outputs import Progress
 from denoised.request import Request
 from denoised.runtime import launch
@@ -25,7 +26,19 @@ from denoised.runtime.cost import USUAL_STEPS, Cost, predict, shape_of
 from denoised.runtime.model_info import ModelInfo, describe
 from denoised.runtime.scheduler import Scheduler
 from denoised.spec.registry import resolve
-from tests.contract.support import _pipeline, as_omni, difference, folder, media, plain, reference, request_of, seed_of
+from tests.contract import test_lora
+from tests.contract.support import (
+    REORDERED,
+    _pipeline,
+    as_omni,
+    difference,
+    folder,
+    media,
+    plain,
+    reference,
+    request_of,
+    seed_of,
+)
 from tests.tiny import ROWS
 
 NAME = "qwen_image"
@@ -155,6 +168,28 @@ def test_abort_reaches_the_right_replica(two: Omni) -> None:
     asked.until_ended(*(f"after-{number}" for number in range(4)))
     assert {asked.replica(f"after-{number}") for number in range(4)} == {0, 1}
     assert two._client._scheduler.loads() == [0, 0]
+
+
+def test_adapters_are_loaded_into_every_replica_and_leave_all(two: Omni, tmp_path: Path) -> None:
+    """By name; one that fits none of them is refused and is in none of their memories."""
+    held = lambda: [replica.loras for replica in two.stats().replicas]  # noqa: E731
+    assert held() == [0, 0]
+    two.load_lora(LoRARequest("ink", lora_path=test_lora.adapter(NAME, 1)[0], scale=test_lora.SCALE))
+    assert held() == [1, 1]
+    asked, names = Asked(two), [str(number) for number in range(4)]
+    for name in names:
+        asked.ask(name, 0, lora_request="ink")
+    asked.until_ended(*names)
+    assert {asked.replica(name) for name in names} == {0, 1}
+    for name in names:
+        assert difference(test_lora.reference(NAME, 0, 1), media(asked.outputs[name])) <= REORDERED
+        assert asked.outputs[name].receipt.ranks[0].counts["lora_layers"] > 0
+    with pytest.raises(InvalidRequestError, match="none of its layers"):
+        two.load_lora(LoRARequest("other", lora_path=test_lora.adapter("sdxl", 1)[0]))
+    assert held() == [1, 1]
+    assert two.loras == ["ink"]
+    two.unload_lora("ink")
+    assert held() == [0, 0]
 
 
 def test_every_replica_writes_its_trace(two: Omni, tmp_path: Path) -> None:

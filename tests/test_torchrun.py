@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,11 +22,14 @@ from denoised import Omni, OmniDiffusionSamplingParams
 from denoised.config import EngineConfig
 from denoised.errors import InvalidConfigError
 from denoised.rules import validate
+from tests.contract import test_lora
 from tests.contract.support import REORDERED, difference, folder, plain, reference, request_of, seed_of
 
 SCRIPT = """
-import json, os, sys, torch
-from denoised import DiffusionParallelConfig, Omni
+import json, os, sys, time, torch
+from dataclasses import replace
+from denoised import DiffusionParallelConfig, LoRARequest, Omni
+from denoised.errors import InvalidRequestError
 from tests.contract.support import as_omni, request_of, seed_of, media
 
 parallel = DiffusionParallelConfig(**json.loads(sys.argv[3]))
@@ -34,7 +38,20 @@ with Omni(sys.argv[1], parallel_config=parallel, num_threads=1) as omni:
     for _ in range(2):
         (output,) = omni.generate(prompt, params, use_tqdm=False)
     forwards = [work.forwards for work in output.receipt.ranks]
-    torch.save((media(output), forwards), sys.argv[2] + os.environ["RANK"])
+    # The second program is late: its rank has answered by then. The first one ends after it.
+    second, folder, refused = os.environ["RANK"] == "1", os.path.dirname(sys.argv[2]), ""
+    time.sleep(2.0 * second)
+    omni.load_lora(LoRARequest("ink", lora_path=folder + "/ink.safetensors", scale=0.7))
+    try:
+        omni.load_lora(LoRARequest("other", lora_path=folder + "/other.safetensors"))
+    except InvalidRequestError as error:
+        refused = str(error)
+    assert omni.loras == ["ink"]
+    (inked,) = omni.generate(prompt, replace(params, lora_request="ink"), use_tqdm=False)
+    omni.unload_lora("ink")
+    torch.save((media(output), forwards, media(inked), refused), sys.argv[2] + os.environ["RANK"])
+    while not second and not os.path.exists(sys.argv[2] + "1"):
+        time.sleep(0.05)
 """
 
 
@@ -80,6 +97,8 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     script = tmp_path / "script.py"
     script.write_text(script_text)
+    for adapter, row in (("ink", "qwen_image"), ("other", "sdxl")):
+        shutil.copy(test_lora.adapter(row, 1)[0], tmp_path / f"{adapter}.safetensors")
     command = _command(str(script), folder("qwen_image"), tmp_path / "out", json.dumps(degrees), num_ranks=num_ranks)
     return subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=280, check=False)
 
@@ -143,9 +162,11 @@ def test_both_ranks_get_the_output(tmp_path: Path, axis: str, forwards_each: int
     result = torchrun(tmp_path, **{axis: 2})
     assert result.returncode == 0, result.stderr[-2000:]
     for rank in range(2):
-        got, forwards = torch.load(tmp_path / f"out{rank}")
+        got, forwards, inked, refused = torch.load(tmp_path / f"out{rank}")
         assert difference(reference("qwen_image", 0, "latent"), got) <= (0 if axis.startswith("cfg") else REORDERED)
         assert forwards == [forwards_each] * 2
+        assert difference(test_lora.reference("qwen_image", 0, 1), inked) <= REORDERED
+        assert "none of its layers" in refused
 
 
 def test_replicas_share_the_ranks_and_every_program_gets_all_outputs(tmp_path: Path) -> None:

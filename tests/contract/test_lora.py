@@ -123,6 +123,30 @@ def _run(name: str, wants: list[Want], settings: dict[str, Any]) -> list[OmniReq
         return omni.generate([p for p, _ in asked], params, use_tqdm=False)  # type: ignore[no-any-return]
 
 
+def run_by_name(name: str, wants: list[Want], **degrees: Any) -> list[OmniRequestOutput]:
+    """The same with adapters that all ranks are told to load before, and to forget afterwards."""
+    return within(PATIENCE, _run_by_name, name, wants, DiffusionParallelConfig(**degrees))
+
+
+def _run_by_name(name: str, wants: list[Want], parallel: DiffusionParallelConfig) -> list[OmniRequestOutput]:
+    plugins = ("tests.contract.rank_setup",)
+    with Omni(folder(name), parallel_config=parallel, num_threads=1, plugins=plugins) as omni:
+        adapters = [lora for _, found in wants for lora in found]
+        for lora in adapters:
+            omni.load_lora(lora)
+        assert omni.stats().replicas[0].loras == len(adapters)
+        asked = [as_omni(request_of(name, i), seed_of(i), latent_type(name)) for i, _ in wants]
+        params = [
+            replace(p, lora_request=[lora.lora_name for lora in found])
+            for (_, p), (_, found) in zip(asked, wants, strict=True)
+        ]
+        outputs: list[OmniRequestOutput] = omni.generate([p for p, _ in asked], params, use_tqdm=False)
+        for lora in adapters:
+            omni.unload_lora(lora.lora_name)
+        assert omni.stats().replicas[0].loras == 0
+    return outputs
+
+
 def check(name: str, output: OmniRequestOutput, index: int, *seeds: int, bound: float) -> None:
     assert difference(reference(name, index, *seeds), media(output)) <= bound
     assert output.receipt is not None
@@ -159,10 +183,12 @@ NO_SEQUENCE = ("sana", "sdxl")
 
 @pytest.mark.parametrize(("name", "method"), CELLS)
 def test_on_two_ranks(name: str, method: str) -> None:
-    """Different adapters in flight, on layers that are cut, dealt, gathered, or given part of a sequence."""
+    """Different adapters in flight, on layers that are cut, dealt, gathered, or given part of a sequence; where they
+    are cut or dealt, loaded by name."""
     if method == "ulysses" and name in NO_SEQUENCE:
         pytest.skip("its sequence cannot be cut, with or without adapters")
-    outputs = run(name, [(0, (asked_for(name, 1),)), (1, (asked_for(name, 2),))], **degrees_of(method))
+    ask = run_by_name if method in ("tensor", "pipeline") else run
+    outputs = ask(name, [(0, (asked_for(name, 1),)), (1, (asked_for(name, 2),))], **degrees_of(method))
     bound = REORDERED if has_loader(name) else FUSED
     check(name, outputs[0], 0, 1, bound=bound)
     check(name, outputs[1], 1, 2, bound=bound)

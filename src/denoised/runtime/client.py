@@ -27,7 +27,7 @@ from denoised.rules import validate
 from denoised.runtime.adapters import Names, locate, resolve
 from denoised.runtime.clerk import Clerk
 from denoised.runtime.failures import refused
-from denoised.runtime.lora_orders import Ask
+from denoised.runtime.lora_orders import Ask, verdict
 from denoised.runtime.pending import Listener
 from denoised.runtime.protocol import Command, LoraDone, Profiled
 from denoised.runtime.replicas import Answers
@@ -119,7 +119,7 @@ class Client(Clerk):
 
         def done(problems: list[str]) -> None:
             ask.done(problems)
-            self._replicas.echo(LoraDone(problem=next((p for p in problems if p), "")))
+            self._replicas.echo(LoraDone(problem=verdict(problems)))
 
         def make() -> None:
             replicas = [] if self._broken else list(self._scheduler.open_replicas)

@@ -113,8 +113,8 @@ class Engine:
             self._meter.tick(time.perf_counter() - began, ran=agreed.ran, worked=agreed.worked)
         self._meter.loras = self._runway.adapters.num_loaded
         self._meter.lora_mb = self._runway.adapters.num_bytes / 2**20
-        self._events += self._meter.word(idle=self.idle)
-        events, self._events = self._events, []
+        # First how it goes: who then hears that something is done finds it in the counters.
+        events, self._events = [*self._meter.word(idle=self.idle), *self._events], []
         return events
 
     # ---- running

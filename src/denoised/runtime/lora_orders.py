@@ -17,6 +17,12 @@ PATIENCE = 600.0
 GONE = "its ranks died"
 
 
+def verdict(problems: Sequence[str]) -> str:
+    """What becomes of an order with these answers: "" where it was carried out by all that are there, GONE by none."""
+    refused = next((problem for problem in problems if problem not in ("", GONE)), None)
+    return refused if refused is not None else "" if "" in problems else GONE
+
+
 class Ask:
     """One order, as its caller sees it."""
 
@@ -28,11 +34,10 @@ class Ask:
 
     def wait(self) -> None:
         """Raises InvalidRequestError: a replica refused; EngineError: none of them could act."""
-        problems = self._answer.get(timeout=PATIENCE)
-        if not problems or all(problem == GONE for problem in problems):
+        problem = verdict(self._answer.get(timeout=PATIENCE))
+        if problem == GONE:
             raise EngineError("the adapter was not loaded: no ranks are there; ask again when they are back.")
-        problem = next((problem for problem in problems if problem not in ("", GONE)), None)
-        if problem is not None:
+        if problem:
             raise InvalidRequestError(problem)
 
 
