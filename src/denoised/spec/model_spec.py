@@ -50,6 +50,8 @@ class ModelSpec:
     stacks: the denoiser's block lists in order of execution, where that is not the order of definition.
     uncached: stacks that caches always compute: not only the next block uses what their blocks give.
     unquantized: layers of blocks that quantization leaves alone, beside the usual ones (`spec/quantization.py`).
+    tensor_names: the denoiser's own names of layers, and the usual ones of such layers (`spec/tensor.py`): what tensor
+        parallelism cuts how, where neither the class says that nor the usual names do.
     sequence_plan: how the denoiser's sequence is spread over ranks, where neither its class nor `sequence.py` says.
     """
 
@@ -77,4 +79,5 @@ class ModelSpec:
     stacks: tuple[str, ...] = ()
     uncached: tuple[str, ...] = ()
     unquantized: tuple[str, ...] = ()
+    tensor_names: dict[str, str] = field(default_factory=dict)
     sequence_plan: SequencePlan | None = None

@@ -6,8 +6,8 @@ The names are the conventions of diffusers and transformers. A class that declar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 # column: outputs are divided. row: inputs are divided, outputs are sums over ranks. gathered: outputs are divided
@@ -132,6 +132,48 @@ MODULATIONS = (
     *("double_stream_modulation_txt.linear", "single_stream_modulation.linear", "time_embed.linear", "time_proj"),
     *("adaln_single.linear",),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """What layers of a model are called: the usual names, and those that its spec adds (`ModelSpec.tensor_names`)."""
+
+    queries: tuple[str, ...] = QUERIES
+    keys: tuple[str, ...] = KEYS
+    gates: tuple[str, ...] = GATES
+    packed: tuple[str, ...] = PACKED
+    rows: tuple[str, ...] = ROWS
+    tables: tuple[str, ...] = TABLES
+    norms: tuple[str, ...] = NORMS
+    inputs: tuple[str, ...] = INPUTS
+    feedforwards: tuple[Feedforward, ...] = FEEDFORWARDS
+    modulations: tuple[str, ...] = MODULATIONS
+
+
+def vocabulary(own: Mapping[str, str]) -> Vocabulary:
+    """The usual names, and beside them a model's own. own: from its name to the usual one of a layer of that use.
+
+    Raises:
+        ValueError: no layer is usually called that.
+    """
+    usual = Vocabulary()
+    kinds = {field.name: getattr(usual, field.name) for field in fields(usual) if field.name != "feedforwards"}
+    of_feedforwards = {name for f in FEEDFORWARDS for name in (*f.columns, f.row)}
+    unknown = set(own.values()) - of_feedforwards - {name for kind in kinds.values() for name in kind}
+    if unknown:
+        raise ValueError(f"tensor_names: no layer is usually called {', '.join(sorted(unknown))}")
+    more = {kind: (*known, *(name for name, of in own.items() if of in known)) for kind, known in kinds.items()}
+    return Vocabulary(**more, feedforwards=(*FEEDFORWARDS, *_renamed(own)))
+
+
+def _renamed(own: Mapping[str, str]) -> Iterator[Feedforward]:
+    """Feed-forwards with the names that a model has for some of their layers."""
+    named = {usual: name for name, usual in own.items()}
+    for f in FEEDFORWARDS:
+        other = replace(f, columns=tuple(named.get(name, name) for name in f.columns), row=named.get(f.row, f.row))
+        if other != f:
+            yield other
+
 
 # Numbers on an attention module that processors compute with.
 HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads", "sliceable_head_dim")

@@ -14,7 +14,7 @@ from denoised.features.tensor import forwards, shards
 from denoised.features.tensor.degrees import allowed, listed, obstacle
 from denoised.features.tensor.plan import SMALLEST_SHARE, UnknownLayerError, read, share
 from denoised.spec.model_spec import ModelSpec
-from denoised.spec.tensor import Layer, Plan
+from denoised.spec.tensor import Layer, Plan, Vocabulary, vocabulary
 
 __all__ = ["allowed_degrees", "apply", "apply_encoder", "cuts"]
 
@@ -29,37 +29,43 @@ def apply(model: nn.Module, spec: ModelSpec, group: dist.ProcessGroup) -> None:
         InvalidConfigError: the degree does not divide the model, or the model's layers are not understood.
     """
     if group.size() > 1:
-        _divide(model, _plan(model, "tensor_parallel_size", type(model).__name__, group.size()), group, SUMS)
+        plan = _plan(model, "tensor_parallel_size", type(model).__name__, group.size(), vocabulary(spec.tensor_names))
+        _divide(model, plan, group, SUMS)
 
 
 def apply_encoder(encoder: nn.Module, group: dist.ProcessGroup, *, name: str) -> None:
     """Divide a text encoder, in place; `name` is its component's, for errors. Raises as `apply` does."""
     if group.size() > 1:
         title = f"{name} ({type(encoder).__name__})"
-        _divide(encoder, _plan(encoder, "text_encoder_tp_size", title, group.size()), group, ENCODER_SUMS)
+        plan = _plan(encoder, "text_encoder_tp_size", title, group.size(), Vocabulary())
+        _divide(encoder, plan, group, ENCODER_SUMS)
 
 
 def allowed_degrees(model: nn.Module, spec: ModelSpec | None = None) -> tuple[int, ...]:
     """The degrees that `apply` takes for a pristine model or encoder, ascending; (1,) if it cannot be divided."""
     try:
-        plan = read(model)
+        plan = read(model, _words(spec))
     except UnknownLayerError:
         return (1,)
     return allowed(plan) if share(model, plan) >= SMALLEST_SHARE else (1,)
 
 
-def cuts(model: nn.Module) -> dict[str, Layer]:
+def cuts(model: nn.Module, spec: ModelSpec | None = None) -> dict[str, Layer]:
     """What `apply` cuts of a pristine model, by path; nothing of one that cannot be divided."""
     try:
-        return {layer.path: layer for layer in read(model).layers}
+        return {layer.path: layer for layer in read(model, _words(spec)).layers}
     except UnknownLayerError:
         return {}
 
 
-def _plan(model: nn.Module, field: str, title: str, degree: int) -> Plan:
+def _words(spec: ModelSpec | None) -> Vocabulary:
+    return Vocabulary() if spec is None else vocabulary(spec.tensor_names)
+
+
+def _plan(model: nn.Module, field: str, title: str, degree: int, words: Vocabulary) -> Plan:
     """What is cut, all of it divisible. Raises InvalidConfigError."""
     assert not any(hasattr(module, "denoised_shard") for module in model.modules()), "divided already"
-    plan = _read(model, f"{field}={degree}", title)
+    plan = _read(model, f"{field}={degree}", title, words)
     indivisible = obstacle(plan, degree)
     if indivisible is not None:
         degrees = listed(allowed(plan))
@@ -67,9 +73,9 @@ def _plan(model: nn.Module, field: str, title: str, degree: int) -> Plan:
     return plan
 
 
-def _read(model: nn.Module, setting: str, title: str) -> Plan:
+def _read(model: nn.Module, setting: str, title: str, words: Vocabulary) -> Plan:
     try:
-        plan = read(model)
+        plan = read(model, words)
     except UnknownLayerError as unknown:
         text = f"{setting} would divide {unknown} of {title}, whose use its name does not tell; leave it at 1."
         raise InvalidConfigError(text) from None

@@ -12,7 +12,7 @@ from torch import nn
 from denoised.hf import declared_cuts
 from denoised.spec import tensor as names
 from denoised.spec.experts import DEALT
-from denoised.spec.tensor import Attention, Feedforward, Layer, Plan
+from denoised.spec.tensor import Attention, Feedforward, Layer, Plan, Vocabulary
 
 # A model of whose matrices less than this share would be divided gains nothing worth its exchanges.
 SMALLEST_SHARE = 0.25
@@ -25,16 +25,18 @@ class UnknownLayerError(Exception):
 HEADS, CHANNELS = "heads", "feed-forward channels"
 
 
-def read(model: nn.Module) -> Plan:
-    """The plan of a model. Raises UnknownLayerError."""
+def read(model: nn.Module, words: Vocabulary) -> Plan:
+    """The plan of a model; `words`: what its layers are called. Raises UnknownLayerError."""
     declared = _declared(model)
-    attentions = tuple(_attentions(model, declared))
-    layers = {layer.path: layer for attention in attentions for layer in _of_attention(model, attention, declared)}
-    others = declared.values() if declared else _feedforwards(model)
+    attentions = tuple(_attentions(model, declared, words))
+    layers = {
+        layer.path: layer for attention in attentions for layer in _of_attention(model, attention, declared, words)
+    }
+    others = declared.values() if declared else _feedforwards(model, words)
     layers = {layer.path: layer for layer in others} | layers
-    _check_outputs(attentions, layers)
+    _check_outputs(attentions, layers, words)
     if layers:
-        layers = {layer.path: layer for layer in _modulations(model)} | layers
+        layers = {layer.path: layer for layer in _modulations(model, words)} | layers
     whole = {id(part) for part in _dealt(model)}
     kept = (layer for layer in layers.values() if id(model.get_submodule(layer.path)) not in whole)
     return Plan(layers=tuple(kept), attentions=attentions)
@@ -83,15 +85,15 @@ def _declared(model: nn.Module) -> dict[str, Layer]:
     }
 
 
-def _attentions(model: nn.Module, declared: dict[str, Layer]) -> Iterator[Attention]:
+def _attentions(model: nn.Module, declared: dict[str, Layer], words: Vocabulary) -> Iterator[Attention]:
     for path, module in model.named_modules():
-        query = _first(module, names.QUERIES)
+        query = _first(module, words.queries)
         heads = _num_heads(module, query)
-        packed = next((f"{path}.{name}" for name in names.PACKED if f"{path}.{name}" in declared), None)
+        packed = next((f"{path}.{name}" for name in words.packed if f"{path}.{name}" in declared), None)
         if heads and packed:
             yield Attention(path=path, heads=heads, key_heads=heads, width=declared[packed].sizes[0])
         elif heads and query is not None and (not declared or f"{path}.{query[0]}" in declared):
-            yield _attention(path, module, heads, _outputs(query[1]))
+            yield _attention(path, module, heads, _outputs(query[1]), words)
 
 
 def _num_heads(module: nn.Module, query: tuple[str, nn.Module] | None) -> int | None:
@@ -101,8 +103,8 @@ def _num_heads(module: nn.Module, query: tuple[str, nn.Module] | None) -> int | 
     return number(module, names.HEADS) or by_width
 
 
-def _attention(path: str, module: nn.Module, heads: int, width: int) -> Attention:
-    key = _first(module, names.KEYS)
+def _attention(path: str, module: nn.Module, heads: int, width: int, words: Vocabulary) -> Attention:
+    key = _first(module, words.keys)
     by_width = heads if key is None else _outputs(key[1]) * heads // width
     key_heads = number(module, names.KEY_HEADS) or by_width
     scales = tuple(_scales(path, module, heads))
@@ -130,45 +132,47 @@ def _outputs(layer: nn.Module) -> int:
     return matrix.shape[0]
 
 
-def _of_attention(model: nn.Module, attention: Attention, declared: dict[str, Layer]) -> Iterator[Layer]:
+def _of_attention(
+    model: nn.Module, attention: Attention, declared: dict[str, Layer], words: Vocabulary
+) -> Iterator[Layer]:
     """Every layer inside an attention that is cut; one of unknown meaning is refused."""
     module = model.get_submodule(attention.path)
     for name, layer in module.named_modules():
         path = f"{attention.path}.{name}"
         if layer is module:
             continue
-        if name in names.NORMS:
+        if name in words.norms:
             yield from _norm(attention, path, layer)
         elif path in declared:
-            yield _declared_layer(declared[path], name)
-        elif any(True for _ in layer.parameters(recurse=False)) and name not in names.INPUTS:
-            yield _named_layer(path, name, layer)
+            yield _declared_layer(declared[path], name, words)
+        elif any(True for _ in layer.parameters(recurse=False)) and name not in words.inputs:
+            yield _named_layer(path, name, layer, words)
 
 
-def _declared_layer(layer: Layer, name: str) -> Layer:
-    part = CHANNELS if name in names.PACKED or layer.role == "row" else HEADS
+def _declared_layer(layer: Layer, name: str, words: Vocabulary) -> Layer:
+    part = CHANNELS if name in words.packed or layer.role == "row" else HEADS
     return Layer(
         path=layer.path,
         role=layer.role,
         dim=layer.dim,
         sizes=layer.sizes,
         part=part,
-        copied=name in names.KEYS,
+        copied=name in words.keys,
     )
 
 
-def _named_layer(path: str, name: str, layer: nn.Module) -> Layer:
+def _named_layer(path: str, name: str, layer: nn.Module, words: Vocabulary) -> Layer:
     matrix = weight(layer)
-    columns = (*names.QUERIES, *names.KEYS, *names.GATES)
+    columns = (*words.queries, *words.keys, *words.gates)
     roles: dict[str, tuple[names.Role, int]] = {
         **dict.fromkeys(columns, ("column", 0)),
-        **dict.fromkeys(names.ROWS, ("row", 1)),
-        **dict.fromkeys(names.TABLES, ("table", 1)),
+        **dict.fromkeys(words.rows, ("row", 1)),
+        **dict.fromkeys(words.tables, ("table", 1)),
     }
     if matrix is None or name not in roles:
         raise UnknownLayerError(path)
     role, dim = roles[name]
-    return Layer(path=path, role=role, dim=dim, sizes=(matrix.shape[dim],), part=HEADS, copied=name in names.KEYS)
+    return Layer(path=path, role=role, dim=dim, sizes=(matrix.shape[dim],), part=HEADS, copied=name in words.keys)
 
 
 def _norm(attention: Attention, path: str, norm: nn.Module) -> Iterator[Layer]:
@@ -189,20 +193,20 @@ def _norm_width(norm: nn.Module) -> int | None:
     return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else None
 
 
-def _feedforwards(model: nn.Module) -> Iterator[Layer]:
+def _feedforwards(model: nn.Module, words: Vocabulary) -> Iterator[Layer]:
     for path, module in model.named_modules():
-        for feedforward in names.FEEDFORWARDS:
-            yield from _feedforward(path, module, feedforward)
+        for feedforward in words.feedforwards:
+            yield from _feedforward(path, module, feedforward, words)
 
 
-def _feedforward(path: str, module: nn.Module, feedforward: Feedforward) -> Iterator[Layer]:
+def _feedforward(path: str, module: nn.Module, feedforward: Feedforward, words: Vocabulary) -> Iterator[Layer]:
     row = _first(module, (feedforward.row,))
     columns = [found for name in feedforward.columns if (found := _first(module, (name,))) is not None]
     if row is None or len(columns) != len(feedforward.columns):
         return
     matrix = weight(row[1])
     assert matrix is not None
-    before = _attention_width(module, feedforward)
+    before = _attention_width(module, feedforward, words)
     hidden = matrix.shape[1] - before
     if not before and hidden != matrix.shape[0] and (norm := _norm_over(module, hidden)):
         raise UnknownLayerError(f"{path}.{norm}")
@@ -222,27 +226,25 @@ def _norm_over(module: nn.Module, width: int) -> str | None:
     return next((name for name in norms if _norm_width(module.get_submodule(name)) == width), None)
 
 
-def _attention_width(module: nn.Module, feedforward: Feedforward) -> int:
+def _attention_width(module: nn.Module, feedforward: Feedforward, words: Vocabulary) -> int:
     attention = None if feedforward.attention is None else child(module, feedforward.attention)
-    query = None if attention is None else _first(attention, names.QUERIES)
+    query = None if attention is None else _first(attention, words.queries)
     return 0 if query is None else _outputs(query[1])
 
 
-def _check_outputs(attentions: tuple[Attention, ...], layers: dict[str, Layer]) -> None:
+def _check_outputs(attentions: tuple[Attention, ...], layers: dict[str, Layer], words: Vocabulary) -> None:
     """A divided attention's output goes into a row layer: its own, or the one of the block that it stands in."""
     rows = [path for path, layer in layers.items() if layer.role == "row"]
     for attention in attentions:
         block = attention.path.rpartition(".")[0]
-        outer = [f"{block}.{f.row}" for f in names.FEEDFORWARDS if f.attention == attention.path.rpartition(".")[2]]
+        outer = [f"{block}.{f.row}" for f in words.feedforwards if f.attention == attention.path.rpartition(".")[2]]
         if not any(row.startswith(f"{attention.path}.") or row in outer for row in rows):
             raise UnknownLayerError(attention.path)
 
 
-def _modulations(model: nn.Module) -> Iterator[Layer]:
+def _modulations(model: nn.Module, words: Vocabulary) -> Iterator[Layer]:
+    endings = tuple(f".{name}" for name in words.modulations)
     for path, layer in model.named_modules():
         matrix = weight(layer)
-        if matrix is not None and matrix.ndim == 2 and f".{path}".endswith(_SUFFIXES):
+        if matrix is not None and matrix.ndim == 2 and f".{path}".endswith(endings):
             yield Layer(path=path, role="gathered", dim=0, sizes=(matrix.shape[0],), part="modulation channels")
-
-
-_SUFFIXES = tuple(f".{name}" for name in names.MODULATIONS)

@@ -121,7 +121,7 @@ def _denoiser(
     found: Denoiser, model: nn.Module, spec: ModelSpec, sizes: dict[str, Size], facts: ModelFacts
 ) -> Denoiser:
     """What each block saves is among its own work, and what all other layers save among the rest."""
-    cuts = tensor.cuts(model) if sizes else {}
+    cuts = tensor.cuts(model, spec) if sizes else {}
     layers = {path: model.get_submodule(path) for path in sizes}
     saved = {id(layers[path]): _saved(layers[path], sizes[path], cuts.get(path), facts.itemsize) for path in sizes}
     blocks = [block for stack in stacks(model, spec.stacks) for block in stack.blocks]
