@@ -19,7 +19,7 @@ def test_blocks_are_dealt_by_operations() -> None:
     blocks = blocks_of(pipeline.transformer, spec, 2).values()
     by_operations, by_weights = deal(costs, 2), deal(tuple(num_weights(block) for block in blocks), 2)
     outputs = run(UNEVEN, [0, 1], pipeline_parallel_size=2)
-    check(UNEVEN, outputs, [0, 1])
+    check(UNEVEN, outputs, [0, 1], ["pipeline"])
     ran = [counted["blocks_run"] for counted in counts(outputs)]
     assert ran[0] * by_operations.count(1) == ran[1] * by_operations.count(0) > 0
     assert by_operations.count(0) != by_weights.count(0), "or this test tells nothing"

@@ -47,7 +47,7 @@ class Clerk:
         # Where rank 0's program is ahead of this one, which has yet to ask.
         self._unclaimed: dict[str, OmniRequestOutput] = {}
         self._unclaimed_traces: list[list[str]] = []
-        self._may_be_late = self._replicas.torchrun is not None
+        self._asks_nothing = False
         self._over = threading.Event()
         self._pending: dict[str, Pending] = {}
         self._kept = Kept()
@@ -248,8 +248,13 @@ class Clerk:
         entry.tell(event)
         self._replicas.echo(event)
 
+    @property
+    def _may_be_late(self) -> bool:
+        """Rank 0's program may be ahead: what it was answered is kept until this one asks."""
+        return self._replicas.torchrun is not None and not self._asks_nothing
+
     def _ask_nothing(self) -> None:
-        self._may_be_late = False
+        self._asks_nothing = True
         self._unclaimed.clear()
 
     def _fail_all(self, reason: str) -> None:
