@@ -64,21 +64,26 @@ class _Outcome:
     time: float = field(default_factory=time.monotonic)
 
 
-def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_on_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, fresh: bool = False
+) -> list[Any]:
     """Call `fn(rank, world_size, *args)` on so many gloo ranks, one torch thread each; the results in order of rank.
 
-    `fn` must be importable; arguments and results travel as pickles.
+    `fn` must be importable; arguments and results travel as pickles. fresh: on processes that have run nothing else.
 
     Raises:
         The first exception of a rank, with its traceback as a note, and what then failed elsewhere as further notes.
         TimeoutError: ranks did not end in time; notes hold their stacks. The processes are replaced.
         RuntimeError: a rank's process died. The processes are replaced.
     """
+    pool = _Pool() if fresh else _pool
     try:
-        outcomes = _pool.run(pickle.dumps((fn, args)), world_size, timeout)
+        outcomes = pool.run(pickle.dumps((fn, args)), world_size, timeout)
     except BaseException:
-        _pool.kill()  # ranks in an unknown state are of no use to the next test
+        pool.kill()  # ranks in an unknown state are of no use to the next test
         raise
+    if fresh:
+        pool.kill()
     error = _first_error(outcomes)
     if error is not None:
         raise error

@@ -218,7 +218,7 @@ def answer(path: str, **settings: Any) -> OmniRequestOutput:
 
 def limited(rank: int, ranks: int, path: str, room: int) -> dict[str, Any]:
     """What comes of a model that does not fit: plainly, and with offload."""
-    os.environ["DENOISED_KEEP_PAGES"] = "0"  # this process goes on with other tests
+    os.environ["DENOISED_KEEP_PAGES"] = "0"  # what is freed is given back
     ctypes.CDLL(None).mallopt(-2, 2**17)  # M_TOP_PAD: ask for no more than is needed
     answer(str(checkpoint("qwen_image", _ROOT)))  # what is imported and allocated on the way is not counted
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -245,7 +245,7 @@ def test_a_model_larger_than_memory_runs(tmp_path: Path) -> None:
     path = large(tmp_path / "large")
     weights_size = sum(file.stat().st_size for file in Path(path).rglob("*.safetensors"))
     assert weights_size > 190 * MB
-    [found] = run_on_ranks(limited, 1, path, 100 * MB, timeout=120)
+    [found] = run_on_ranks(limited, 1, path, 100 * MB, timeout=120, fresh=True)  # no memory that others freed
     receipt: Receipt = found["receipt"]
     expected = answer(path)
     assert all((a == b).all() for a, b in zip(found["images"], expected.images, strict=True)), "not one bit differs"
