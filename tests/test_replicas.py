@@ -172,7 +172,10 @@ def test_abort_reaches_the_right_replica(two: Omni) -> None:
 
 def test_adapters_are_loaded_into_every_replica_and_leave_all(two: Omni, tmp_path: Path) -> None:
     """By name; one that fits none of them is refused and is in none of their memories."""
-    held = lambda: [replica.loras for replica in two.stats().replicas]  # noqa: E731
+
+    def held() -> list[int]:
+        return [replica.loras for replica in two.stats().replicas]
+
     assert held() == [0, 0]
     two.load_lora(LoRARequest("ink", lora_path=test_lora.adapter(NAME, 1)[0], scale=test_lora.SCALE))
     assert held() == [1, 1]

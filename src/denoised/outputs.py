@@ -13,8 +13,7 @@ class RankWork:
     """What one rank did for one request: denoiser forwards that ran there, rows in them, seconds.
 
     `counts` says which denoiser had how many of the rows, and what features did inside: collectives and their bytes,
-    tiles, gathered blocks. `idle_seconds` of
-    `seconds` were spent waiting for other pipeline stages.
+    tiles, gathered blocks. `idle_seconds` of `seconds` were spent waiting for other pipeline stages.
     """
 
     rank: int

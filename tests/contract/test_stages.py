@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+
 from denoised.features.pipeline.cut import blocks_of, deal, num_weights
+from denoised.runtime.planning import work
+from denoised.runtime.planning.facts import Tokens
 from denoised.runtime.planning.reading import block_costs
+from denoised.spec.model_spec import ModelSpec
 from denoised.spec.registry import resolve
 from tests.contract.parallel import check, counts, run
 from tests.tiny import ROWS
@@ -23,3 +29,12 @@ def test_blocks_are_dealt_by_operations() -> None:
     ran = [counted["blocks_run"] for counted in counts(outputs)]
     assert ran[0] * by_operations.count(1) == ran[1] * by_operations.count(0) > 0
     assert by_operations.count(0) != by_weights.count(0), "or this test tells nothing"
+
+
+def test_blocks_of_unknown_operations_are_dealt_by_weights() -> None:
+    """A model of somebody's own starts, whatever it is made of."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.ParameterList([torch.zeros(size)]) for size in (4, 2, 2)])
+    found = work.denoiser("transformer", model, Tokens(image=16, text=4, once=1, audio=0), ModelSpec(pipeline="Own"))
+    assert found.costs == (4.0, 2.0, 2.0)
+    assert block_costs(object(), ModelSpec(pipeline="Own")) == {}, "and so does one that cannot be read at all"

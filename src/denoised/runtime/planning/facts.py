@@ -143,8 +143,9 @@ class Denoiser:
 
     @cached_property
     def costs(self) -> tuple[float, ...]:
-        """Operations of each block on one row."""
-        return tuple(block.flops for block in self.blocks)
+        """Operations of each block on one row; weights, if some block has no layer whose operations are known."""
+        operations = tuple(block.flops for block in self.blocks)
+        return operations if all(operations) else tuple(float(block.params) for block in self.blocks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
+import logging
 from typing import Any, cast
 
 from torch import nn
 
 from denoised import hf
 from denoised.config import EngineConfig
-from denoised.errors import InvalidConfigError
+from denoised.errors import InvalidConfigError, one_line
 from denoised.request import OmniDiffusionSamplingParams, PromptDict
 from denoised.runtime.load import BUILTIN_DEFAULTS
 from denoised.runtime.model_info import ModelInfo, check, describe
@@ -27,6 +27,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What requests are assumed to have where neither they nor the pipeline says it.
 USUAL_SIDE, USUAL_FRAMES, USUAL_STEPS, USUAL_TEXT = 1024, 81, 50, 512
 UNET_TEXT = 77  # CLIP's
+_log = logging.getLogger(__name__)
 # What describes the size of an output of each kind.
 SIZES = {"image": ("width", "height"), "video": ("width", "height", "num_frames"), "audio": ()}
 _GUIDANCE = ("true_cfg_scale", "guidance_scale")
@@ -87,15 +88,17 @@ def facts_of(pipeline: Any, ask: Ask, *, model: str, dtype: str = "bfloat16") ->
 def block_costs(pipeline: Any, spec: ModelSpec) -> dict[str, tuple[float, ...]]:
     """Operations of each denoiser's blocks, in order of execution, on one row of what the pipeline makes by default.
 
-    Nothing of a denoiser that cannot be read without its inputs, as can UNets of unusual conditions.
+    Nothing of a pipeline or a denoiser that cannot be read without a request: whoever asks has to do without.
     """
-    info = describe(pipeline, spec, model="", device="meta", dtype="bfloat16", defaults={})
-    asked = _asked(pipeline, Ask(), info)
-    latent, tokens = trace.latent_shape(pipeline, asked, info), _tokens(pipeline, spec, asked, info)
-    found = {}
-    for name in spec.denoisers:
-        with contextlib.suppress(RuntimeError, NotImplementedError, ValueError, TypeError):
+    found: dict[str, tuple[float, ...]] = {}
+    try:
+        info = describe(pipeline, spec, model="", device="meta", dtype="bfloat16", defaults={})
+        asked = _asked(pipeline, Ask(), info)
+        latent, tokens = trace.latent_shape(pipeline, asked, info), _tokens(pipeline, spec, asked, info)
+        for name in spec.denoisers:
             found[name] = _denoiser(name, pipeline, spec, tokens, latent).costs
+    except Exception as error:  # pipelines of all kinds come here, and all of them can be cut without this
+        _log.info("operations of %s's blocks cannot be read: %s", spec.pipeline, one_line(error))
     return found
 
 
